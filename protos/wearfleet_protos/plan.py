@@ -1,0 +1,405 @@
+"""The plan: a federated algorithm as data. A short program of ONNX graphs over named tensors with roles.
+
+A device runs it with ONNX Runtime and NumPy alone and never learns the algorithm's name from it. This file also
+fixes the two things on which torch and the device must agree to the bit: the order of the windows
+(:func:`shuffle_order`) and the key of the counter-based random numbers of a step (:func:`rng_key`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+import numpy as np
+
+from wearfleet_protos.canonical import canonical_json, parse_json, take
+from wearfleet_protos.errors import ProtocolError, WearfleetError
+from wearfleet_protos.recording import Channel
+from wearfleet_protos.tensors import (
+    Digest,
+    Origin,
+    TensorGroup,
+    TensorRole,
+    TensorSpec,
+    parse_digest,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "BATCH_INPUTS",
+    "PLAN_MEDIA_TYPE",
+    "Budget",
+    "InputBinding",
+    "InputContract",
+    "Loop",
+    "OutputBinding",
+    "Phase",
+    "Plan",
+    "UploadSpec",
+    "batches",
+    "rng_key",
+    "shuffle_order",
+    "tensor_spec_from_json",
+]
+
+PLAN_MEDIA_TYPE: Final = "application/vnd.wearfleet.plan.v1+json"
+BATCH_INPUTS: Final = ("x", "y", "weight", "rng")
+"""x (B, C, T) float32; y (B,) int64; weight (B,) float32, 0 for padding; rng () int64 key of the step."""
+
+_MAX_TENSORS: Final = 10_000
+_MAX_PHASES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class InputContract:
+    """What a window must look like: channels with units, rate and length."""
+
+    channels: tuple[Channel, ...]
+    rate_hz: float
+    window: int
+    stride: int
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InputBinding:
+    """Feeds graph input ``input`` from a state tensor, a batch tensor (:data:`BATCH_INPUTS`) or a scalar."""
+
+    input: str
+    kind: Literal["state", "batch", "scalar"]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputBinding:
+    """Stores graph output ``output`` in a state tensor, or accumulates it as a metric of the phase."""
+
+    output: str
+    kind: Literal["state", "metric"]
+    target: str
+    reduce: Literal["sum", "last"] = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """How often a phase's graph runs, and on which windows.
+
+    Args:
+        split: ``train`` (the earlier part of the wearer's recording) or ``holdout`` (the later part).
+        batch_size: B; the last short batch is padded with zeros of weight 0.
+        epochs: passes over the split.
+        max_steps: stop after so many steps; 0 means no limit.
+        shuffle: permute the windows each epoch with :func:`shuffle_order`.
+    """
+
+    split: Literal["train", "holdout"]
+    batch_size: int
+    epochs: int
+    max_steps: int
+    shuffle: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One graph run in a loop."""
+
+    name: str
+    graph: Digest
+    graph_bytes: int
+    inputs: tuple[InputBinding, ...]
+    outputs: tuple[OutputBinding, ...]
+    loop: Loop
+    scalars: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UploadSpec:
+    """What goes back: tensors of these roles and groups, as difference to the start value or as value."""
+
+    roles: tuple[TensorRole, ...]
+    groups: tuple[TensorGroup, ...]
+    form: Literal["delta", "value"]
+    codec: Literal["float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Limits that the device enforces: wall seconds, bytes on the wire, fewest training windows."""
+
+    seconds: float
+    max_bytes: int
+    min_examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole federated client algorithm; see the module's docstring.
+
+    Args:
+        plan_id: unique name.
+        strategy: name of the algorithm, for people.
+        strategy_version: of its implementation.
+        model_schema_hash: :func:`wearfleet_protos.tensors.schema_hash` of the model it works on.
+        contract: the windows it expects.
+        tensors: every state tensor.
+        phases: run in order.
+        upload: what goes back.
+        keep_local: roles that the device persists and never sends.
+        budget: limits.
+        seed: of shuffling and random numbers; the device adds its round.
+    """
+
+    plan_id: str
+    strategy: str
+    strategy_version: int
+    model_schema_hash: Digest
+    contract: InputContract
+    tensors: tuple[TensorSpec, ...]
+    phases: tuple[Phase, ...]
+    upload: UploadSpec
+    keep_local: tuple[TensorRole, ...]
+    budget: Budget
+    seed: int
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON bytes; equal plans give equal bytes."""
+        return canonical_json(_to_json(self))
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Plan:
+        """Parse and check canonical bytes.
+
+        Raises:
+            ProtocolError: not a well-formed, consistent plan.
+        """
+        try:
+            return _plan_from_json(parse_json(data, "plan"))
+        except ProtocolError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, WearfleetError) as error:
+            raise ProtocolError(f"plan has a field of the wrong type or range: {error}") from error
+
+    def upload_specs(self) -> tuple[TensorSpec, ...]:
+        """Specifications of the tensors that an update holds, in name order."""
+        chosen = (t for t in self.tensors if t.role in self.upload.roles and t.group in self.upload.groups)
+        return tuple(sorted(chosen, key=lambda t: t.name))
+
+    def download_specs(self) -> tuple[TensorSpec, ...]:
+        """Specifications of the tensors that the server sends, in name order: all model tensors."""
+        chosen = (t for t in self.tensors if t.origin in ("global", "local"))
+        return tuple(sorted(chosen, key=lambda t: t.name))
+
+    def local_specs(self) -> tuple[TensorSpec, ...]:
+        """Specifications of the tensors that stay on the device between rounds, in name order."""
+        return tuple(sorted((t for t in self.tensors if t.origin == "local"), key=lambda t: t.name))
+
+
+def _validate(plan: Plan) -> None:
+    if not plan.phases or len(plan.phases) > _MAX_PHASES:
+        raise ProtocolError(f"plan must have 1 to {_MAX_PHASES} phases, got {len(plan.phases)}")
+    names = [t.name for t in plan.tensors]
+    known = set(names)
+    if len(known) != len(names) or len(names) > _MAX_TENSORS:
+        raise ProtocolError(f"plan must have at most {_MAX_TENSORS} tensors with different names")
+    for tensor in plan.tensors:
+        if tensor.origin == "copy" and tensor.copy_of not in known:
+            raise ProtocolError(f"tensor {tensor.name} copies unknown tensor {tensor.copy_of!r}")
+        if (tensor.origin == "local") != (tensor.role in plan.keep_local and tensor.group in ("param", "buffer")):
+            raise ProtocolError(f"tensor {tensor.name}: origin {tensor.origin!r} contradicts keep_local")
+    overlap = set(plan.upload.roles) & set(plan.keep_local)
+    if overlap:
+        raise ProtocolError(f"roles {sorted(overlap)} are both uploaded and kept local")
+    for phase in plan.phases:
+        _validate_phase(phase, known)
+    budget = plan.budget
+    if not (budget.seconds > 0 and budget.max_bytes > 0 and budget.min_examples >= 1):
+        raise ProtocolError(f"budget must be positive, got {budget}")
+
+
+def _validate_phase(phase: Phase, tensors: set[str]) -> None:
+    scalars = {name for name, _ in phase.scalars}
+    sources: dict[str, set[str]] = {"state": tensors, "batch": set(BATCH_INPUTS), "scalar": scalars}
+    for binding in phase.inputs:
+        if binding.source not in sources.get(binding.kind, set()):
+            raise ProtocolError(f"phase {phase.name}: input {binding.input} has no {binding.kind} {binding.source!r}")
+    for output in phase.outputs:
+        if output.kind not in ("state", "metric") or output.reduce not in ("sum", "last"):
+            raise ProtocolError(f"phase {phase.name}: output {output.output} has an unknown kind")
+        if output.kind == "state" and output.target not in tensors:
+            raise ProtocolError(f"phase {phase.name}: output {output.output} writes unknown tensor {output.target!r}")
+    loop = phase.loop
+    if loop.split not in ("train", "holdout") or loop.batch_size < 1 or loop.epochs < 1 or loop.max_steps < 0:
+        raise ProtocolError(f"phase {phase.name}: loop is out of range: {loop}")
+
+
+def _to_json(plan: Plan) -> dict[str, object]:
+    return {
+        "plan_id": plan.plan_id,
+        "strategy": plan.strategy,
+        "strategy_version": plan.strategy_version,
+        "model_schema_hash": plan.model_schema_hash,
+        "contract": contract_to_json(plan.contract),
+        "tensors": [t.to_json() for t in plan.tensors],
+        "phases": [_phase_to_json(p) for p in plan.phases],
+        "upload": {
+            "roles": [str(r) for r in plan.upload.roles],
+            "groups": [str(g) for g in plan.upload.groups],
+            "form": plan.upload.form,
+            "codec": plan.upload.codec,
+        },
+        "keep_local": [str(r) for r in plan.keep_local],
+        "budget": {
+            "seconds": plan.budget.seconds,
+            "max_bytes": plan.budget.max_bytes,
+            "min_examples": plan.budget.min_examples,
+        },
+        "seed": plan.seed,
+    }
+
+
+def contract_to_json(contract: InputContract) -> dict[str, object]:
+    """The JSON object of an input contract."""
+    return {
+        "channels": [[c.name, c.unit] for c in contract.channels],
+        "rate_hz": contract.rate_hz,
+        "window": contract.window,
+        "stride": contract.stride,
+        "labels": list(contract.labels),
+    }
+
+
+def contract_from_json(value: object) -> InputContract:
+    """Parse :func:`contract_to_json`."""
+    row = take(value, InputContract, "contract")
+    return InputContract(
+        channels=tuple(Channel(str(name), str(unit)) for name, unit in row["channels"]),
+        rate_hz=float(row["rate_hz"]),
+        window=int(row["window"]),
+        stride=int(row["stride"]),
+        labels=tuple(str(name) for name in row["labels"]),
+    )
+
+
+def _phase_to_json(phase: Phase) -> dict[str, object]:
+    return {
+        "name": phase.name,
+        "graph": phase.graph,
+        "graph_bytes": phase.graph_bytes,
+        "inputs": [{"input": b.input, "kind": b.kind, "source": b.source} for b in phase.inputs],
+        "outputs": [
+            {"output": b.output, "kind": b.kind, "target": b.target, "reduce": b.reduce} for b in phase.outputs
+        ],
+        "loop": {
+            "split": phase.loop.split,
+            "batch_size": phase.loop.batch_size,
+            "epochs": phase.loop.epochs,
+            "max_steps": phase.loop.max_steps,
+            "shuffle": phase.loop.shuffle,
+        },
+        "scalars": [[name, value] for name, value in phase.scalars],
+    }
+
+
+def tensor_spec_from_json(value: object) -> TensorSpec:
+    """Parse :meth:`TensorSpec.to_json`."""
+    row = take(value, TensorSpec, "tensor")
+    return TensorSpec(
+        name=str(row["name"]),
+        dtype=str(row["dtype"]),
+        shape=tuple(int(size) for size in row["shape"]),
+        role=TensorRole(row["role"]),
+        group=TensorGroup(row["group"]),
+        origin=cast("Origin", row["origin"]),
+        copy_of=str(row["copy_of"]),
+    )
+
+
+def _phase_from_json(value: object) -> Phase:
+    row = take(value, Phase, "phase")
+    loop = take(row["loop"], Loop, "loop")
+    return Phase(
+        name=str(row["name"]),
+        graph=parse_digest(str(row["graph"])),
+        graph_bytes=int(row["graph_bytes"]),
+        inputs=tuple(InputBinding(**take(b, InputBinding, "input")) for b in row["inputs"]),
+        outputs=tuple(OutputBinding(**take(b, OutputBinding, "output")) for b in row["outputs"]),
+        loop=Loop(
+            split=loop["split"],
+            batch_size=int(loop["batch_size"]),
+            epochs=int(loop["epochs"]),
+            max_steps=int(loop["max_steps"]),
+            shuffle=bool(loop["shuffle"]),
+        ),
+        scalars=tuple((str(name), float(number)) for name, number in row["scalars"]),
+    )
+
+
+def _plan_from_json(value: Mapping[str, Any]) -> Plan:
+    row = take(value, Plan, "plan")
+    upload = take(row["upload"], UploadSpec, "upload")
+    if upload["form"] not in ("delta", "value") or upload["codec"] != "float32":
+        raise ProtocolError(f"upload form or codec is unknown: {upload['form']!r}, {upload['codec']!r}")
+    budget = take(row["budget"], Budget, "budget")
+    return Plan(
+        plan_id=str(row["plan_id"]),
+        strategy=str(row["strategy"]),
+        strategy_version=int(row["strategy_version"]),
+        model_schema_hash=parse_digest(str(row["model_schema_hash"])),
+        contract=contract_from_json(row["contract"]),
+        tensors=tuple(tensor_spec_from_json(t) for t in row["tensors"]),
+        phases=tuple(_phase_from_json(p) for p in row["phases"]),
+        upload=UploadSpec(
+            roles=tuple(TensorRole(r) for r in upload["roles"]),
+            groups=tuple(TensorGroup(g) for g in upload["groups"]),
+            form=upload["form"],
+            codec=upload["codec"],
+        ),
+        keep_local=tuple(TensorRole(r) for r in row["keep_local"]),
+        budget=Budget(float(budget["seconds"]), int(budget["max_bytes"]), int(budget["min_examples"])),
+        seed=int(row["seed"]),
+    )
+
+
+def _mix(value: int) -> int:
+    """Scramble 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
+    mask = (1 << 64) - 1
+    value = (value + 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)
+
+
+def rng_key(seed: int, round_number: int, phase: int, step: int) -> int:
+    """Key of one step's random numbers: a non-negative integer below 2**31, the same in torch and on the device."""
+    key = _mix(seed & ((1 << 64) - 1))
+    for part in (round_number, phase, step):
+        key = _mix(key ^ part)
+    return key >> 33
+
+
+def shuffle_order(seed: int, round_number: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """(count,) the order of the windows in one epoch; the same in torch and on the device."""
+    generator = np.random.Generator(np.random.PCG64(rng_key(seed, round_number, 0x5BF, epoch)))
+    return generator.permutation(count).astype(np.int64)
+
+
+def batches(loop: Loop, seed: int, round_number: int, count: int) -> Iterator[NDArray[np.int64]]:
+    """The window indices of every step of a loop over ``count`` windows; the last of an epoch may be short.
+
+    Yields:
+        (n,) int64 with 1 <= n <= batch_size.
+    """
+    steps = 0
+    for epoch in range(loop.epochs):
+        order = shuffle_order(seed, round_number, epoch, count) if loop.shuffle else np.arange(count, dtype=np.int64)
+        for begin in range(0, count, loop.batch_size):
+            if loop.max_steps and steps == loop.max_steps:
+                return
+            steps += 1
+            yield order[begin : begin + loop.batch_size]
