@@ -1,1 +1,9 @@
+"""Models: torch modules only.
 
+``Classifier`` is the whole model (raw window in, logits out), built from a ``ModelSpec``.
+"""
+
+from wearfleet_models.classifier import Classifier, ModelSpec, build_classifier
+from wearfleet_models.roles import tensor_roles, tensor_specs
+
+__all__ = ["Classifier", "ModelSpec", "build_classifier", "tensor_roles", "tensor_specs"]

@@ -1,0 +1,96 @@
+"""Encoder over sensor channels: every channel of a window is one token.
+
+Source: HAROOD's Transformer (specs/ood.md 1.5): Linear(T -> 64) per channel, two post-norm encoder layers with eight
+heads and a feed-forward width of 2048, dropout 0.2, features are all tokens side by side.
+Differs (faults of the original, specs/ood.md P23): scores are divided by the square root of the head width, not of
+the number of tokens; no mask by channel distance, because the order of channels is arbitrary; every channel has a
+learned embedding, without which the encoder could not tell them apart; a batch of one window keeps its axis; the
+decoder that was never used does not exist.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from wearfleet_protos.errors import ConfigError
+
+from wearfleet_models.layers import Dropout
+
+__all__ = ["Transformer"]
+
+
+class Transformer(nn.Module):
+    """(B, C, T) -> features (B, C * width).
+
+    Raises:
+        ConfigError: ``width`` is not divisible by ``heads``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        window: int,
+        *,
+        width: int = 64,
+        heads: int = 8,
+        layers: int = 2,
+        feedforward: int = 2048,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ConfigError(f"the width of the transformer ({width}) must be a multiple of its heads ({heads})")
+        self.embed = nn.Linear(window, width)
+        self.channel_embedding = nn.Parameter(0.02 * torch.randn(channels, width))
+        self.layers = nn.ModuleList(
+            _EncoderLayer(width, heads, feedforward, dropout, salt=2 * index) for index in range(layers)
+        )
+        self.num_features = channels * width
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, rng: Tensor | None = None) -> Tensor:  # noqa: ARG002 - one signature for all backbones
+        """Features of every window.
+
+        Args:
+            x: (B, C, T) standardised.
+            weight: (B,); unused, nothing here looks across windows.
+            rng: () int64 key of the dropout masks; None for no dropout.
+
+        Returns:
+            (B, num_features).
+        """
+        tokens = self.embed(x) + self.channel_embedding
+        for layer in self.layers:
+            tokens = layer(tokens, rng)
+        return tokens.flatten(1)
+
+
+class _EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward block, each followed by residual and layer normalisation."""
+
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, salt: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, feedforward)
+        self.contract = nn.Linear(feedforward, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.dropout1 = Dropout(dropout, salt)
+        self.dropout2 = Dropout(dropout, salt + 1)
+
+    def forward(self, tokens: Tensor, rng: Tensor | None) -> Tensor:
+        """(B, C, W) -> (B, C, W)."""
+        attended = self.dropout1(self.out(self._attend(tokens)), rng)
+        tokens = self.norm1(tokens + attended)
+        expanded = self.contract(torch.relu(self.expand(tokens)))
+        normalised: Tensor = self.norm2(tokens + self.dropout2(expanded, rng))
+        return normalised
+
+    def _attend(self, tokens: Tensor) -> Tensor:
+        batch, count, width = tokens.shape
+        split = self.qkv(tokens).reshape(batch, count, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, C, width / heads)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(width // self.heads)
+        mixed = torch.softmax(scores, dim=-1) @ value
+        return mixed.transpose(1, 2).reshape(batch, count, width)

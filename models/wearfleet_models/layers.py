@@ -1,0 +1,138 @@
+"""Layers whose training pass is pure and can become an ONNX graph.
+
+They behave as torch's own layers, but: running statistics are assigned, never changed in place, so that under
+``torch.func.functional_call`` the new ones appear in the dictionary of tensors that was passed; windows carry a
+weight, so that a short batch can be padded; random masks come from a key, not from a global generator.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from wearfleet_protos.errors import ConfigError
+
+from wearfleet_models import randomness
+
+__all__ = ["BatchNorm", "Dropout", "MaxPool", "Standardise"]
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over windows and time, with optional window weights.
+
+    Source:
+        Ioffe and Szegedy 2015, arXiv:1502.03167; running variance unbiased, as in torch.
+    Differs:
+        The mean and variance of a batch weigh each window; a window of weight 0 has no influence on anything.
+        A batch of weight 0 altogether leaves the running statistics as they are.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(channels, eps=eps, momentum=momentum)
+        self._rate = momentum
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Normalise every channel.
+
+        Args:
+            x: (B, C, T) float.
+            weight: (B,) weight of each window, None for all ones; ignored in evaluation.
+
+        Returns:
+            (B, C, T).
+        """
+        if not self.training:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return self._plain(x) if weight is None else self._weighted(x, weight)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        normalised, mean, inverse_std = torch.native_batch_norm(
+            x, self.weight, self.bias, None, None, True, 0.0, self.eps
+        )
+        mean, inverse_std = mean.detach(), inverse_std.detach()
+        count = x.shape[0] * x.shape[2]
+        unbiased = (inverse_std**-2.0 - self.eps) * (count / max(count - 1, 1))
+        self._track(mean, unbiased, self._rate)
+        return normalised
+
+    def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
+        total = weight.sum()
+        share = (weight / torch.clamp(total, min=1e-12))[:, None]
+        mean = (x.mean(dim=2) * share).sum(dim=0)
+        centred = x - mean[:, None]
+        variance = ((centred * centred).mean(dim=2) * share).sum(dim=0)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        count = total * x.shape[2]
+        unbiased = variance.detach() * (count / torch.clamp(count - 1.0, min=1.0))
+        self._track(mean.detach(), unbiased, self._rate * (total > 0).to(x.dtype))
+        return centred * scale[:, None] + self.bias[:, None]
+
+    def _track(self, mean: Tensor, variance: Tensor, rate: float | Tensor) -> None:
+        self.running_mean = self.running_mean + rate * (mean - self.running_mean)
+        self.running_var = self.running_var + rate * (variance - self.running_var)
+        self.num_batches_tracked = self.num_batches_tracked + 1
+
+
+class MaxPool(nn.Module):
+    """Maximum over neighbouring samples; the incomplete last group is dropped.
+
+    Training crops, reshapes and takes the maximum, whose gradient needs no index tensor (ties share it);
+    evaluation is the ordinary operator, which exports as one node. Both give the same values.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T) -> (B, C, T // size)."""
+        if not self.training:
+            return F.max_pool1d(x, self.size)
+        groups = x.shape[2] // self.size
+        cropped = x if groups * self.size == x.shape[2] else x[:, :, : groups * self.size]
+        return cropped.reshape(x.shape[0], x.shape[1], groups, self.size).amax(dim=3)
+
+
+class Dropout(nn.Module):
+    """Sets a share ``p`` of the numbers to zero and scales the rest by 1 / (1 - p).
+
+    The mask is a function of (key, salt, position); every layer of a model has its own salt. Without a key, in
+    evaluation, or with p = 0 it is the identity.
+
+    Raises:
+        ConfigError: p is not in [0, 1).
+    """
+
+    def __init__(self, p: float, salt: int) -> None:
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise ConfigError(f"dropout must be at least 0 and below 1, got {p}")
+        self.p = p
+        self.salt = salt
+
+    def forward(self, x: Tensor, rng: Tensor | None = None) -> Tensor:
+        """Any shape -> the same shape; ``rng`` is a () int64 key."""
+        if not self.training or rng is None or self.p == 0.0:
+            return x
+        keep = randomness.uniform(rng, self.salt, tuple(x.shape)) >= self.p
+        return x * (keep.to(x.dtype) * (1.0 / (1.0 - self.p)))
+
+
+class Standardise(nn.Module):
+    """Channel-wise (x - mean) / std with the statistics of the training data, in raw units."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T) raw units -> (B, C, T) dimensionless."""
+        return (x - self.mean[:, None]) / self.std[:, None]

@@ -1,0 +1,62 @@
+"""Which part each tensor of a model plays, found from the type of its module and never from its name."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
+
+from wearfleet_models.classifier import Classifier
+from wearfleet_models.layers import BatchNorm, Standardise
+
+__all__ = ["tensor_roles", "tensor_specs"]
+
+
+def tensor_roles(module: nn.Module) -> dict[str, TensorRole]:
+    """The role of every parameter and buffer of a model.
+
+    Standardise is FROZEN; weights and biases of BatchNorm and LayerNorm are NORM_AFFINE, running statistics
+    NORM_STAT, their counter COUNTER; everything in a classifier's head is HEAD; the rest is SHARED.
+
+    Args:
+        module: any model of ours.
+
+    Returns:
+        Name as in ``state_dict`` -> role, in the order of ``state_dict``.
+    """
+    heads = {id(part) for owner in module.modules() if isinstance(owner, Classifier) for part in owner.head.modules()}
+    roles = {
+        f"{prefix}.{name}" if prefix else name: TensorRole.HEAD if id(owner) in heads else _role(owner, tensor, name)
+        for prefix, owner in module.named_modules()
+        for name, tensor in _own_tensors(owner)
+    }
+    return {name: roles[name] for name in module.state_dict()}
+
+
+def tensor_specs(module: nn.Module) -> tuple[TensorSpec, ...]:
+    """Name, dtype, shape, role and group of every tensor of a model, in the order of ``state_dict``."""
+    parameters = dict(module.named_parameters())
+    return tuple(
+        TensorSpec(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            role=role,
+            group=TensorGroup.PARAM if name in parameters else TensorGroup.BUFFER,
+        )
+        for (name, role), tensor in zip(tensor_roles(module).items(), module.state_dict().values(), strict=True)
+    )
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
+def _role(owner: nn.Module, tensor: Tensor, name: str) -> TensorRole:
+    if isinstance(owner, Standardise):
+        return TensorRole.FROZEN
+    if isinstance(owner, BatchNorm):
+        if tensor is owner.num_batches_tracked:
+            return TensorRole.COUNTER
+        return TensorRole.NORM_AFFINE if name in owner._parameters else TensorRole.NORM_STAT  # noqa: SLF001 - torch has no public test of it
+    return TensorRole.NORM_AFFINE if isinstance(owner, nn.LayerNorm) else TensorRole.SHARED
