@@ -1,12 +1,13 @@
 """Layers whose training pass is pure and can become an ONNX graph.
 
 They behave as torch's own layers, but: running statistics are assigned, never changed in place, so that under
-``torch.func.functional_call`` the new ones appear in the dictionary of tensors that was passed; windows carry a
-weight, so that a short batch can be padded; random masks come from a key, not from a global generator.
+``torch.func.functional_call`` the new ones appear in the dictionary of tensors that was passed; windows
+carry a weight, so that a short batch can be padded; random masks come from a key, not from a global
+generator.
 """
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 from wearfleet_protos.errors import ConfigError
 
@@ -44,9 +45,7 @@ class BatchNorm(nn.BatchNorm1d):
             (B, C, T).
         """
         if not self.training:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return self._plain(x) if weight is None else self._weighted(x, weight)
 
     def _plain(self, x: Tensor) -> Tensor:
@@ -100,8 +99,8 @@ class MaxPool(nn.Module):
 class Dropout(nn.Module):
     """Sets a share ``p`` of the numbers to zero and scales the rest by 1 / (1 - p).
 
-    The mask is a function of (key, salt, position); every layer of a model has its own salt. Without a key, in
-    evaluation, or with p = 0 it is the identity.
+    The mask is a function of (key, salt, position); every layer of a model has its own salt. Without a key,
+    in evaluation, or with p = 0 it is the identity.
 
     Raises:
         ConfigError: p is not in [0, 1).

@@ -1,16 +1,16 @@
 """Counter-based random numbers in plain tensor arithmetic.
 
 Every number is a function of (key, salt, position), so there is no generator to carry, a step stays pure, a
-resumed run draws what the uninterrupted one would have drawn, and a graph exported to ONNX draws the same bits as
-torch. Only integer add, multiply, divide, and, xor are used: ONNX opset 18 has them all for int64, and every
-product stays below 2**63. ``rng`` is a key: a non-negative int64 scalar; under ``torch.func.vmap`` it may be
-batched.
+resumed run draws what the uninterrupted one would have drawn, and a graph exported to ONNX draws the same
+bits as torch. Only integer add, multiply, divide, and, xor are used: ONNX opset 18 has them all for int64,
+and every product stays below 2**63. ``rng`` is a key: a non-negative int64 scalar; under
+``torch.func.vmap`` it may be batched.
 
-Source: integer finaliser of the form xor-shift, multiply (Wellons 2018, "hash prospector", two-multiplier family
-with both multipliers below 2**31); normal numbers: Box and Muller 1958; gamma numbers: Marsaglia and Tsang 2000,
-"A simple method for generating gamma variables", ACM TOMS 26(3).
-Differs: a gamma number takes the first acceptable of a fixed count of candidates (rejected at most 5 % each), so
-that the amount of work does not depend on the data.
+Source: integer finaliser of the form xor-shift, multiply (Wellons 2018, "hash prospector", two-multiplier
+family with both multipliers below 2**31); normal numbers: Box and Muller 1958; gamma numbers: Marsaglia and
+Tsang 2000, "A simple method for generating gamma variables", ACM TOMS 26(3).
+Differs: a gamma number takes the first acceptable of a fixed count of candidates (rejected at most 5 %
+each), so that the amount of work does not depend on the data.
 """
 
 import math

@@ -23,12 +23,17 @@ def tensor_roles(module: nn.Module) -> dict[str, TensorRole]:
     Returns:
         Name as in ``state_dict`` -> role, in the order of ``state_dict``.
     """
-    heads = {id(part) for owner in module.modules() if isinstance(owner, Classifier) for part in owner.head.modules()}
-    roles = {
-        f"{prefix}.{name}" if prefix else name: TensorRole.HEAD if id(owner) in heads else _role(owner, tensor, name)
-        for prefix, owner in module.named_modules()
-        for name, tensor in _own_tensors(owner)
+    heads = {
+        id(part)
+        for owner in module.modules()
+        if isinstance(owner, Classifier)
+        for part in owner.head.modules()
     }
+    roles: dict[str, TensorRole] = {}
+    for prefix, owner in module.named_modules():
+        for name, tensor in _own_tensors(owner):
+            full_name = f"{prefix}.{name}" if prefix else name
+            roles[full_name] = TensorRole.HEAD if id(owner) in heads else _role(owner, tensor, name)
     return {name: roles[name] for name in module.state_dict()}
 
 
@@ -43,7 +48,9 @@ def tensor_specs(module: nn.Module) -> tuple[TensorSpec, ...]:
             role=role,
             group=TensorGroup.PARAM if name in parameters else TensorGroup.BUFFER,
         )
-        for (name, role), tensor in zip(tensor_roles(module).items(), module.state_dict().values(), strict=True)
+        for (name, role), tensor in zip(
+            tensor_roles(module).items(), module.state_dict().values(), strict=True
+        )
     )
 
 

@@ -1,6 +1,7 @@
 """Two-block convolutional network.
 
-Source: HAROOD's "medium" CNN (specs/ood.md 1.4): conv 16, conv 32, each with batch normalisation, ReLU, max-pool 2.
+Source: HAROOD's "medium" CNN (specs/ood.md 1.4): conv 16, conv 32, each with batch normalisation, ReLU,
+max-pool 2.
 Differs: one-dimensional convolutions over (B, C, T) instead of two-dimensional ones over (B, C, 1, T).
 """
 
@@ -25,7 +26,7 @@ class Cnn(nn.Module):
         length = ((window - kernel + 1) // 2 - kernel + 1) // 2
         if length < 1:
             raise ConfigError(
-                f"a window of {window} samples is too short for kernel {kernel}; at least {3 * kernel + 1} are needed"
+                f"a window of {window} samples is too short for kernel {kernel}; it needs {3 * kernel + 1}"
             )
         self.conv1 = nn.Conv1d(channels, 16, kernel)
         self.norm1 = BatchNorm(16)

@@ -1,11 +1,11 @@
 """Encoder over sensor channels: every channel of a window is one token.
 
-Source: HAROOD's Transformer (specs/ood.md 1.5): Linear(T -> 64) per channel, two post-norm encoder layers with eight
-heads and a feed-forward width of 2048, dropout 0.2, features are all tokens side by side.
-Differs (faults of the original, specs/ood.md P23): scores are divided by the square root of the head width, not of
-the number of tokens; no mask by channel distance, because the order of channels is arbitrary; every channel has a
-learned embedding, without which the encoder could not tell them apart; a batch of one window keeps its axis; the
-decoder that was never used does not exist.
+Source: HAROOD's Transformer (specs/ood.md 1.5): Linear(T -> 64) per channel, two post-norm encoder layers
+with eight heads and a feed-forward width of 2048, dropout 0.2, features are all tokens side by side.
+Differs (faults of the original, specs/ood.md P23): scores are divided by the square root of the head width,
+not of the number of tokens; no mask by channel distance, because the order of channels is arbitrary; every
+channel has a learned embedding, without which the encoder could not tell them apart; a batch of one window
+keeps its axis; the decoder that was never used does not exist.
 """
 
 import math
@@ -39,7 +39,9 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ConfigError(f"the width of the transformer ({width}) must be a multiple of its heads ({heads})")
+            raise ConfigError(
+                f"the width of the transformer ({width}) must be a multiple of its heads ({heads})"
+            )
         self.embed = nn.Linear(window, width)
         self.channel_embedding = nn.Parameter(0.02 * torch.randn(channels, width))
         self.layers = nn.ModuleList(
@@ -61,7 +63,8 @@ class Transformer(nn.Module):
         tokens = self.embed(x) + self.channel_embedding
         for layer in self.layers:
             tokens = layer(tokens, rng)
-        return tokens.flatten(1)
+        features: Tensor = tokens.flatten(1)
+        return features
 
 
 class _EncoderLayer(nn.Module):
@@ -92,5 +95,5 @@ class _EncoderLayer(nn.Module):
         split = self.qkv(tokens).reshape(batch, count, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, C, width / heads)
         scores = query @ key.transpose(-1, -2) / math.sqrt(width // self.heads)
-        mixed = torch.softmax(scores, dim=-1) @ value
+        mixed: Tensor = torch.softmax(scores, dim=-1) @ value
         return mixed.transpose(1, 2).reshape(batch, count, width)

@@ -1,0 +1,180 @@
+"""What an algorithm is: a pure step over named tensors.
+
+``step(state, batch, hyper, rng)`` returns a new state and scalars, reads and writes nothing else, and has
+no Python control flow that depends on values. The same function therefore runs as it stands, stacked over
+many runs with ``torch.func.vmap``, and traced into a graph.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from wearfleet_cloud.training.optimisers import Optimiser
+
+__all__ = [
+    "Algorithm",
+    "AlgorithmInfo",
+    "Batch",
+    "Need",
+    "Objective",
+    "State",
+    "accuracy",
+    "call",
+    "cross_entropy",
+    "descend",
+    "initial_state",
+]
+
+Tensors = dict[str, Tensor]
+Need = Literal[
+    "domain labels", "unlabelled target data", "per-domain gradients", "per-sample gradients", "full pass"
+]
+Objective = Callable[[Tensors, Tensors], tuple[Tensor, tuple[Tensors, Tensors]]]
+"""(params, buffers) -> (loss, (metrics, new buffers))."""
+
+
+class State(NamedTuple):
+    """All that a training step carries to the next."""
+
+    params: Tensors
+    buffers: Tensors
+    slots: Tensors
+    extras: Tensors
+
+
+class Batch(NamedTuple):
+    """One mini-batch of every source domain.
+
+    Args:
+        x: (D, B, C, T) float32 raw units.
+        y: (D, B) int64 class.
+        weight: (D, B) float32 weight of each window, 0 for padding; None for all ones.
+    """
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AlgorithmInfo:
+    """What a reader wants to know before choosing an algorithm.
+
+    Args:
+        name: in the registry.
+        title: as people write it.
+        paper: where it comes from.
+        family: group of ideas it belongs to.
+        needs: beyond labels.
+        forward: "joint" normalises all domains together, "per-domain" each by its own batch statistics.
+        inference: network that is exported.
+        hyper: defaults of the hyper-parameters ``step`` reads besides "lr".
+    """
+
+    name: str
+    title: str
+    paper: str
+    family: str
+    needs: tuple[Need, ...]
+    forward: Literal["joint", "per-domain"]
+    inference: str
+    hyper: Mapping[str, float]
+
+
+class Algorithm(Protocol):
+    """A training algorithm bound to a network and an optimiser."""
+
+    @property
+    def info(self) -> AlgorithmInfo:
+        """Its metadata."""
+
+    def init(self) -> State:
+        """The state before the first step: a copy of the network's tensors, fresh slots."""
+
+    def step(
+        self, state: State, batch: Batch, hyper: Mapping[str, Tensor], rng: Tensor
+    ) -> tuple[State, dict[str, Tensor]]:
+        """One update.
+
+        Args:
+            state: of ``init`` or the step before; not changed.
+            batch: windows of every source domain.
+            hyper: "lr" and those named in ``info.hyper``, () float32 each.
+            rng: () int64 key of this step's random numbers.
+
+        Returns:
+            New state and scalars: "loss" and "accuracy" at least.
+        """
+
+
+def initial_state(model: nn.Module, optimiser: Optimiser) -> State:
+    """Copies of a network's parameters and buffers, with fresh optimiser slots."""
+    params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    return State(params, buffers, optimiser.init(params), {})
+
+
+def call(model: nn.Module, params: Tensors, buffers: Tensors, *args: object) -> tuple[Tensor, Tensors]:
+    """Run a network on given tensors.
+
+    Args:
+        model: in training mode; its own tensors are not read.
+        params: named parameters.
+        buffers: named buffers; not changed.
+        args: of ``model.forward``.
+
+    Returns:
+        What ``model`` returns, and the buffers after the pass.
+    """
+    tensors = {**params, **buffers}
+    output: Tensor = functional_call(model, tensors, args)
+    return output, {name: tensors[name] for name in buffers}
+
+
+def descend(
+    objective: Objective, state: State, optimiser: Optimiser, lr: Tensor
+) -> tuple[State, dict[str, Tensor]]:
+    """Differentiate an objective and make one optimiser step.
+
+    Args:
+        objective: loss, metrics and new buffers from parameters and buffers.
+        state: to start from.
+        optimiser: that makes the step.
+        lr: () learning rate.
+
+    Returns:
+        New state (extras unchanged) and the metrics with "loss" added.
+    """
+    grads, (loss, (metrics, buffers)) = grad_and_value(objective, has_aux=True)(state.params, state.buffers)
+    params, slots = optimiser.update(state.params, grads, state.slots, lr)
+    return State(params, buffers, slots, state.extras), {"loss": loss, **metrics}
+
+
+def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy over windows, nats.
+
+    Args:
+        logits: (B, K).
+        y: (B,) int64.
+        weight: (B,) weights, None for ones; the mean divides by their sum.
+
+    Returns:
+        ().
+    """
+    if weight is None:
+        return F.cross_entropy(logits, y)
+    losses = F.cross_entropy(logits, y, reduction="none")
+    return (losses * weight).sum() / torch.clamp(weight.sum(), min=1e-12)
+
+
+def accuracy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Share of windows whose largest logit is the right one: (), arguments as in ``cross_entropy``."""
+    hits = (logits.detach().argmax(dim=-1) == y).to(logits.dtype)
+    if weight is None:
+        return hits.mean()
+    return (hits * weight).sum() / torch.clamp(weight.sum(), min=1e-12)

@@ -1,0 +1,1 @@
+"""Training: loop, optimisers, selection, metrics, checkpoints."""
