@@ -48,7 +48,8 @@ def encode(message: SensorWindow, encoding: Literal["int16", "float32"] = ...) -
 @overload
 def encode(message: Prediction | Health | DeviceStatus) -> bytes: ...
 def encode(
-    message: SensorWindow | Prediction | Health | DeviceStatus, encoding: Literal["int16", "float32"] = "int16"
+    message: SensorWindow | Prediction | Health | DeviceStatus,
+    encoding: Literal["int16", "float32"] = "int16",
 ) -> bytes:
     """Protobuf bytes of a message.
 
@@ -214,7 +215,7 @@ def _samples_from_pb(message: pb.SensorWindow) -> NDArray[np.float32]:
     expected = channels * samples * (2 if which == "int16" else 4)
     if len(data) != expected or expected == 0:
         raise ProtocolError(
-            f"{channels} channels of {samples} {which} samples need {expected} bytes (more than 0), got {len(data)}"
+            f"{channels} x {samples} {which} samples need {expected} bytes (more than 0), got {len(data)}"
         )
     if which == "float32":
         return np.frombuffer(data, "<f4").reshape(channels, samples).astype(np.float32)

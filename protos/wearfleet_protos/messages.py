@@ -75,7 +75,7 @@ class SensorWindow:
         shape = self.samples.shape
         if self.samples.ndim != 2 or not 1 <= shape[0] <= _MAX_CHANNELS or not 1 <= shape[1] <= _MAX_SAMPLES:
             raise ProtocolError(
-                f"a window must be (C, T) with C up to {_MAX_CHANNELS} and T up to {_MAX_SAMPLES}, got {shape}"
+                f"a window must be (C, T), C up to {_MAX_CHANNELS}, T up to {_MAX_SAMPLES}, got {shape}"
             )
         if not bool(np.isfinite(self.samples).all()):
             raise ProtocolError("the window holds NaN or infinity")

@@ -1,7 +1,7 @@
 """The plan: a federated algorithm as data. A short program of ONNX graphs over named tensors with roles.
 
-A device runs it with ONNX Runtime and NumPy alone and never learns the algorithm's name from it. This file also
-fixes the two things on which torch and the device must agree to the bit: the order of the windows
+A device runs it with ONNX Runtime and NumPy alone and never learns the algorithm's name from it. This file
+also fixes the two things on which torch and the device must agree to the bit: the order of the windows
 (:func:`shuffle_order`) and the key of the counter-based random numbers of a step (:func:`rng_key`).
 """
 
@@ -210,7 +210,9 @@ def _validate(plan: Plan) -> None:
     for tensor in plan.tensors:
         if tensor.origin == "copy" and tensor.copy_of not in known:
             raise ProtocolError(f"tensor {tensor.name} copies unknown tensor {tensor.copy_of!r}")
-        if (tensor.origin == "local") != (tensor.role in plan.keep_local and tensor.group in ("param", "buffer")):
+        if (tensor.origin == "local") != (
+            tensor.role in plan.keep_local and tensor.group in ("param", "buffer")
+        ):
             raise ProtocolError(f"tensor {tensor.name}: origin {tensor.origin!r} contradicts keep_local")
     overlap = set(plan.upload.roles) & set(plan.keep_local)
     if overlap:
@@ -227,12 +229,16 @@ def _validate_phase(phase: Phase, tensors: set[str]) -> None:
     sources: dict[str, set[str]] = {"state": tensors, "batch": set(BATCH_INPUTS), "scalar": scalars}
     for binding in phase.inputs:
         if binding.source not in sources.get(binding.kind, set()):
-            raise ProtocolError(f"phase {phase.name}: input {binding.input} has no {binding.kind} {binding.source!r}")
+            raise ProtocolError(
+                f"phase {phase.name}: input {binding.input} has no {binding.kind} {binding.source!r}"
+            )
     for output in phase.outputs:
         if output.kind not in ("state", "metric") or output.reduce not in ("sum", "last"):
             raise ProtocolError(f"phase {phase.name}: output {output.output} has an unknown kind")
         if output.kind == "state" and output.target not in tensors:
-            raise ProtocolError(f"phase {phase.name}: output {output.output} writes unknown tensor {output.target!r}")
+            raise ProtocolError(
+                f"phase {phase.name}: output {output.output} writes unknown tensor {output.target!r}"
+            )
     loop = phase.loop
     if loop.split not in ("train", "holdout") or loop.batch_size < 1 or loop.epochs < 1 or loop.max_steps < 0:
         raise ProtocolError(f"phase {phase.name}: loop is out of range: {loop}")
@@ -293,7 +299,8 @@ def _phase_to_json(phase: Phase) -> dict[str, object]:
         "graph_bytes": phase.graph_bytes,
         "inputs": [{"input": b.input, "kind": b.kind, "source": b.source} for b in phase.inputs],
         "outputs": [
-            {"output": b.output, "kind": b.kind, "target": b.target, "reduce": b.reduce} for b in phase.outputs
+            {"output": b.output, "kind": b.kind, "target": b.target, "reduce": b.reduce}
+            for b in phase.outputs
         ],
         "loop": {
             "split": phase.loop.split,
@@ -397,7 +404,11 @@ def batches(loop: Loop, seed: int, round_number: int, count: int) -> Iterator[ND
     """
     steps = 0
     for epoch in range(loop.epochs):
-        order = shuffle_order(seed, round_number, epoch, count) if loop.shuffle else np.arange(count, dtype=np.int64)
+        order = (
+            shuffle_order(seed, round_number, epoch, count)
+            if loop.shuffle
+            else np.arange(count, dtype=np.int64)
+        )
         for begin in range(0, count, loop.batch_size):
             if loop.max_steps and steps == loop.max_steps:
                 return

@@ -58,9 +58,7 @@ class Recording:
 
     def __post_init__(self) -> None:
         if self.samples.ndim != 2 or self.samples.dtype != np.float32:
-            raise ShapeError(
-                f"samples must be (T, C) float32, got {self.samples.dtype} {self.samples.shape}"
-            )
+            raise ShapeError(f"samples must be (T, C) float32, got {self.samples.dtype} {self.samples.shape}")
         if self.samples.shape[1] != len(self.channels):
             raise ShapeError(f"{self.samples.shape[1]} columns but {len(self.channels)} channels")
         if self.labels.shape != self.samples.shape[:1] or self.labels.dtype != np.int16:

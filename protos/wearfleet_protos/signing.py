@@ -72,7 +72,9 @@ def verify(
     if key is None:
         raise IntegrityError(f"signed by unknown key {document.key_id!r}; trusted are {sorted(keys)}")
     try:
-        Ed25519PublicKey.from_public_bytes(key).verify(document.signature, _message(media_type, document.payload))
+        Ed25519PublicKey.from_public_bytes(key).verify(
+            document.signature, _message(media_type, document.payload)
+        )
     except (InvalidSignature, ValueError) as error:
         raise IntegrityError(f"signature of the {media_type} document is wrong: it was changed") from error
     return document.payload

@@ -105,7 +105,9 @@ class TensorSpec:
         if not self.name or len(self.name) > 256:
             raise ShapeError(f"tensor name must have 1 to 256 characters, got {self.name!r}")
         if self.dtype not in _DTYPES:
-            raise ShapeError(f"tensor {self.name}: dtype must be one of {sorted(_DTYPES)}, got {self.dtype!r}")
+            raise ShapeError(
+                f"tensor {self.name}: dtype must be one of {sorted(_DTYPES)}, got {self.dtype!r}"
+            )
         if any(size < 0 for size in self.shape):
             raise ShapeError(f"tensor {self.name}: negative size in shape {self.shape}")
         if (self.origin == "copy") != bool(self.copy_of):
@@ -155,11 +157,15 @@ def schema_hash(specs: Iterable[TensorSpec]) -> Digest:
     return digest_of(canonical_json(rows))
 
 
-def encode_tensors(tensors: Mapping[str, NDArray[np.generic]], metadata: Mapping[str, str] | None = None) -> bytes:
+def encode_tensors(
+    tensors: Mapping[str, NDArray[np.generic]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Safetensors bytes of named arrays; equal inputs give equal bytes."""
     from safetensors.numpy import save  # noqa: PLC0415  the device imports it only when it trains
 
-    arrays = {name: np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape) for name in sorted(tensors)}
+    arrays = {
+        name: np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape) for name in sorted(tensors)
+    }
     return save(arrays, dict(sorted(metadata.items())) if metadata else None)
 
 

@@ -51,7 +51,9 @@ class EnrolmentTicket:
         """
         text = text.strip()
         if not text.startswith(_PREFIX) or len(text) > _MAX_CHARACTERS:
-            raise ProtocolError(f"an enrolment ticket starts with {_PREFIX!r}; copy the whole line, got {text[:16]!r}")
+            raise ProtocolError(
+                f"an enrolment ticket starts with {_PREFIX!r}; copy the whole line, got {text[:16]!r}"
+            )
         body = text.removeprefix(_PREFIX)
         try:
             row = take(

@@ -91,7 +91,9 @@ def parse_topic(text: str) -> Topic | Command:
     try:
         return Topic(tenant, device, TopicKind(rest))
     except ValueError:
-        raise ProtocolError(f"unknown topic kind {rest[:80]!r}; known are {[str(k) for k in TopicKind]}") from None
+        raise ProtocolError(
+            f"unknown topic kind {rest[:80]!r}; known are {[str(k) for k in TopicKind]}"
+        ) from None
 
 
 def subscription(kind: TopicKind, tenant: str = "+", device: str = "+") -> str:

@@ -138,7 +138,9 @@ def cut_labelled(recordings: Recording | Sequence[Recording], spec: WindowSpec) 
         sources.append(np.full(len(start), index, np.int64))
     if len({x.shape[1] for x in xs}) != 1:
         raise ShapeError(f"recordings differ in channels: {sorted({x.shape[1] for x in xs})}")
-    return LabelledWindows(*(np.concatenate(part) for part in (xs, ys, starts, sources)))
+    return LabelledWindows(
+        np.concatenate(xs), np.concatenate(ys), np.concatenate(starts), np.concatenate(sources)
+    )
 
 
 def _window_labels(labels: NDArray[np.int16], start: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -261,8 +263,10 @@ def resample(samples: NDArray[np.float32], from_hz: float, to_hz: float) -> NDAr
         polyphase form of the band-limited interpolator; Kaiser window with beta 8.6, 16 zero crossings a side.
     """
     if samples.ndim != 2 or not from_hz > 0 or not to_hz > 0:
-        raise ShapeError(f"resample needs (T, C) samples and positive rates, got {samples.shape}, {from_hz}, {to_hz}")
-    ratio = (Fraction(to_hz).limit_denominator(1_000_000) / Fraction(from_hz).limit_denominator(1_000_000))
+        raise ShapeError(
+            f"resample needs (T, C) samples and positive rates, got {samples.shape}, {from_hz}, {to_hz}"
+        )
+    ratio = Fraction(to_hz).limit_denominator(1_000_000) / Fraction(from_hz).limit_denominator(1_000_000)
     up, down = ratio.numerator, ratio.denominator
     if up > _MAX_RATIO or down > _MAX_RATIO:
         raise ShapeError(f"rates {from_hz} and {to_hz} Hz are not related by a small fraction ({up}/{down})")

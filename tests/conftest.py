@@ -1,0 +1,35 @@
+"""Rules that hold for every test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+_NEEDS = {
+    "broker": ("mosquitto", "apt-get install mosquitto"),
+    "browser": ("chromedriver", "apt-get install chromium chromium-driver"),
+}
+
+
+def _find(program: str) -> str | None:
+    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run; with CI=true a missing part fails instead."""
+    strict = os.environ.get("CI") == "true"
+    for item in items:
+        for marker, (program, install) in _NEEDS.items():
+            if item.get_closest_marker(marker) and _find(program) is None and not strict:
+                item.add_marker(pytest.mark.skip(reason=f"{program} is not installed: {install}"))
+
+
+@pytest.fixture
+def output_dir() -> Path:
+    """Folder for pictures and reports that a test leaves for people."""
+    path = Path(__file__).resolve().parents[1] / "runs" / "test-output"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
