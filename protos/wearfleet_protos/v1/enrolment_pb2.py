@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#wearfleet_protos/v1/enrolment.proto\x12\x0cwearfleet.v1\"D\n\x0c\x45nrolRequest\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x02 \x01(\x0c\x12\x15\n\ragent_version\x18\x03 \x01(\t\"8\n\rBrokerAddress\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0b\n\x03tls\x18\x03 \x01(\x08\"0\n\nSigningKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\"\xae\x01\n\rEnrolResponse\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tdevice_id\x18\x02 \x01(\t\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x03 \x01(\x0c\x12+\n\x06\x62roker\x18\x04 \x01(\x0b\x32\x1b.wearfleet.v1.BrokerAddress\x12.\n\x0csigning_keys\x18\x05 \x03(\x0b\x32\x18.wearfleet.v1.SigningKey\"*\n\x17RenewCertificateRequest\x12\x0f\n\x07\x63sr_der\x18\x01 \x01(\x0c\"9\n\x18RenewCertificateResponse\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x01 \x01(\x0c\x32\xb7\x01\n\x10\x45nrolmentService\x12@\n\x05\x45nrol\x12\x1a.wearfleet.v1.EnrolRequest\x1a\x1b.wearfleet.v1.EnrolResponse\x12\x61\n\x10RenewCertificate\x12%.wearfleet.v1.RenewCertificateRequest\x1a&.wearfleet.v1.RenewCertificateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#wearfleet_protos/v1/enrolment.proto\x12\x0cwearfleet.v1\"D\n\x0c\x45nrolRequest\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x02 \x01(\x0c\x12\x15\n\ragent_version\x18\x03 \x01(\t\"8\n\rBrokerAddress\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0b\n\x03tls\x18\x03 \x01(\x08\"0\n\nSigningKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\"\xc5\x01\n\rEnrolResponse\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tdevice_id\x18\x02 \x01(\t\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x03 \x01(\x0c\x12+\n\x06\x62roker\x18\x04 \x01(\x0b\x32\x1b.wearfleet.v1.BrokerAddress\x12.\n\x0csigning_keys\x18\x05 \x03(\x0b\x32\x18.wearfleet.v1.SigningKey\x12\x15\n\rcloud_address\x18\x06 \x01(\t\"*\n\x17RenewCertificateRequest\x12\x0f\n\x07\x63sr_der\x18\x01 \x01(\x0c\"9\n\x18RenewCertificateResponse\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x01 \x01(\x0c\x32\xb7\x01\n\x10\x45nrolmentService\x12@\n\x05\x45nrol\x12\x1a.wearfleet.v1.EnrolRequest\x1a\x1b.wearfleet.v1.EnrolResponse\x12\x61\n\x10RenewCertificate\x12%.wearfleet.v1.RenewCertificateRequest\x1a&.wearfleet.v1.RenewCertificateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,11 +38,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNINGKEY']._serialized_start=181
   _globals['_SIGNINGKEY']._serialized_end=229
   _globals['_ENROLRESPONSE']._serialized_start=232
-  _globals['_ENROLRESPONSE']._serialized_end=406
-  _globals['_RENEWCERTIFICATEREQUEST']._serialized_start=408
-  _globals['_RENEWCERTIFICATEREQUEST']._serialized_end=450
-  _globals['_RENEWCERTIFICATERESPONSE']._serialized_start=452
-  _globals['_RENEWCERTIFICATERESPONSE']._serialized_end=509
-  _globals['_ENROLMENTSERVICE']._serialized_start=512
-  _globals['_ENROLMENTSERVICE']._serialized_end=695
+  _globals['_ENROLRESPONSE']._serialized_end=429
+  _globals['_RENEWCERTIFICATEREQUEST']._serialized_start=431
+  _globals['_RENEWCERTIFICATEREQUEST']._serialized_end=473
+  _globals['_RENEWCERTIFICATERESPONSE']._serialized_start=475
+  _globals['_RENEWCERTIFICATERESPONSE']._serialized_end=532
+  _globals['_ENROLMENTSERVICE']._serialized_start=535
+  _globals['_ENROLMENTSERVICE']._serialized_end=718
 # @@protoc_insertion_point(module_scope)

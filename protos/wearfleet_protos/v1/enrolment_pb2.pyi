@@ -96,10 +96,13 @@ class EnrolResponse(google.protobuf.message.Message):
     CERTIFICATE_CHAIN_PEM_FIELD_NUMBER: builtins.int
     BROKER_FIELD_NUMBER: builtins.int
     SIGNING_KEYS_FIELD_NUMBER: builtins.int
+    CLOUD_ADDRESS_FIELD_NUMBER: builtins.int
     tenant: builtins.str
     device_id: builtins.str
     certificate_chain_pem: builtins.bytes
     """Leaf first, PEM."""
+    cloud_address: builtins.str
+    """host:port of all other services; they want the certificate. The enrolment address serves only Enrol."""
     @property
     def broker(self) -> Global___BrokerAddress: ...
     @property
@@ -112,9 +115,10 @@ class EnrolResponse(google.protobuf.message.Message):
         certificate_chain_pem: builtins.bytes = ...,
         broker: Global___BrokerAddress | None = ...,
         signing_keys: collections.abc.Iterable[Global___SigningKey] | None = ...,
+        cloud_address: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["broker", b"broker"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["broker", b"broker", "certificate_chain_pem", b"certificate_chain_pem", "device_id", b"device_id", "signing_keys", b"signing_keys", "tenant", b"tenant"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["broker", b"broker", "certificate_chain_pem", b"certificate_chain_pem", "cloud_address", b"cloud_address", "device_id", b"device_id", "signing_keys", b"signing_keys", "tenant", b"tenant"]) -> None: ...
 
 Global___EnrolResponse: typing_extensions.TypeAlias = EnrolResponse
 
