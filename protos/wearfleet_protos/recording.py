@@ -107,7 +107,7 @@ def load_recordings(path: Path) -> tuple[tuple[Recording, ...], tuple[str, ...]]
         DataError: the file is missing, truncated, of another format, or inconsistent.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             header = json.loads(bytes(file["header"]))
             if header["format"] != _FORMAT:
                 raise DataError(f"{path}: expected format {_FORMAT}, got {header['format']!r}")

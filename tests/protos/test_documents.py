@@ -47,16 +47,19 @@ def test_a_plan_without_a_field_is_refused_by_name(field: str) -> None:
         Plan.from_bytes(canonical_json(row))
 
 
-@pytest.mark.parametrize("value", [None, "x", [], {}, 1.5, [[1]]])
-@pytest.mark.parametrize("field", ["phases", "tensors", "budget", "upload", "contract", "keep_local"])
+WRONG = [
+    (field, value)
+    for field in ("phases", "tensors", "budget", "upload", "contract", "keep_local")
+    for value in (None, "x", [], {}, 1.5, [[1]])
+    if not (
+        field in ("tensors", "keep_local") and value in ([], {})
+    )  # empty is another plan, not a wrong type
+]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
 def test_a_field_of_the_wrong_type_is_a_protocol_error(field: str, value: object) -> None:
     row = json.loads(samples.PLAN.to_bytes())
-    if (
-        row[field] == value
-        or (field == "tensors" and value == [])
-        or (field == "keep_local" and value in ([], {}))
-    ):
-        pytest.skip("an empty list is a different plan, not a wrong type")
     row[field] = value
     with pytest.raises(ProtocolError):
         Plan.from_bytes(canonical_json(row))
