@@ -1,0 +1,1 @@
+"""The live page of the fleet and the JSON interface beside it."""
