@@ -1,0 +1,1 @@
+"""Schema versions, oldest first, applied by alembic when a database is opened."""
