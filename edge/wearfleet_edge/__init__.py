@@ -1,1 +1,1 @@
-
+"""The agent on the device: streams, recognises, learns; imports neither torch nor anything of the cloud."""

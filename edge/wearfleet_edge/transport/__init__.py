@@ -1,0 +1,1 @@
+"""The two ways to the cloud: telemetry over MQTT, everything else over gRPC."""
