@@ -1,0 +1,84 @@
+"""Rounds of Flower 1.41 with echo clients: FedAvg, start_server and start_client, one process a client.
+
+Runs in Flower's own environment (its pins clash with ours); ``bench_round.py`` starts it and compares.
+Prints one JSON object with the seconds of each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import time
+
+import numpy as np
+from flwr.client import NumPyClient, start_client
+from flwr.common import ndarrays_to_parameters
+from flwr.server import ServerConfig, start_server
+from flwr.server.strategy import FedAvg
+
+logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+class Echo(NumPyClient):
+    """Returns what it was given, as a client that trains for no time would."""
+
+    def fit(self, parameters, config):  # noqa: D102
+        return parameters, 1, {}
+
+
+class Timed(FedAvg):
+    """FedAvg that notes when each round starts and when its result is ready."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.seconds: list[float] = []
+
+    def configure_fit(self, server_round, parameters, client_manager):  # noqa: D102
+        client_manager.wait_for(self.min_available_clients)
+        self._begin = time.perf_counter()
+        return super().configure_fit(server_round, parameters, client_manager)
+
+    def aggregate_fit(self, server_round, results, failures):  # noqa: D102
+        if failures:
+            raise RuntimeError(f"echo clients failed: {failures}")
+        result = super().aggregate_fit(server_round, results, failures)
+        self.seconds.append(time.perf_counter() - self._begin)
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--parameters", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--port", type=int, default=18080)
+    parser.add_argument("--client", action="store_true")
+    args = parser.parse_args()
+    address = f"127.0.0.1:{args.port}"
+    if args.client:
+        start_client(server_address=address, client=Echo().to_client(), insecure=True)
+        return
+    children = [
+        subprocess.Popen([sys.executable, __file__, "--client", "--port", str(args.port)], stderr=subprocess.DEVNULL)
+        for _ in range(args.clients)
+    ]
+    strategy = Timed(
+        fraction_evaluate=0.0,
+        min_fit_clients=args.clients,
+        min_available_clients=args.clients,
+        min_evaluate_clients=0,
+        initial_parameters=ndarrays_to_parameters([np.zeros(args.parameters, np.float32)]),
+    )
+    try:
+        start_server(server_address=address, config=ServerConfig(num_rounds=args.rounds), strategy=strategy)
+    finally:
+        for child in children:
+            child.terminate()
+    print(json.dumps({"round_seconds": strategy.seconds}))
+
+
+if __name__ == "__main__":
+    main()
