@@ -1,1 +1,56 @@
 """Algorithms for models that survive new people, positions, devices and days; one paper a file."""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from wearfleet_models import Classifier
+from wearfleet_protos.errors import ConfigError
+
+from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, State
+from wearfleet_cloud.algorithms.coral import Coral
+from wearfleet_cloud.algorithms.erm import Erm
+from wearfleet_cloud.algorithms.mixup import Mixup
+from wearfleet_cloud.training.optimisers import Optimiser
+
+__all__ = ["ALGORITHMS", "Algorithm", "AlgorithmInfo", "Batch", "State", "algorithm_info", "build_algorithm"]
+
+ALGORITHMS: Final[Mapping[str, type[Erm] | type[Mixup] | type[Coral]]] = {
+    "erm": Erm,
+    "mixup": Mixup,
+    "coral": Coral,
+}
+
+
+def algorithm_info(name: str) -> AlgorithmInfo:
+    """Metadata of an algorithm.
+
+    Raises:
+        ConfigError: unknown name; lists the known ones.
+    """
+    if name not in ALGORITHMS:
+        raise ConfigError(f"unknown algorithm {name!r}; known: {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name].info
+
+
+def build_algorithm(
+    name: str, model: Classifier, optimiser: Optimiser, options: Mapping[str, str] | None = None
+) -> Algorithm:
+    """Bind an algorithm to a network, which is put into training mode, and an optimiser.
+
+    Args:
+        name: a key of ``ALGORITHMS``.
+        model: the network; its tensors become the initial state.
+        optimiser: makes the updates.
+        options: choices named in the algorithm's metadata.
+
+    Raises:
+        ConfigError: unknown algorithm or option.
+    """
+    info = algorithm_info(name)
+    options = options or {}
+    for option, value in options.items():
+        if option not in info.options or value not in info.options[option]:
+            known = "; ".join(f"{key} = {' | '.join(values)}" for key, values in info.options.items())
+            raise ConfigError(f"{name} has no option {option} = {value}; its options: {known or 'none'}")
+    kind: Callable[..., Algorithm] = ALGORITHMS[name]
+    return kind(model.train(), optimiser, **options)

@@ -2,14 +2,15 @@
 
 Source: HAROOD's "medium" CNN (specs/ood.md 1.4): conv 16, conv 32, each with batch normalisation, ReLU,
 max-pool 2.
-Differs: one-dimensional convolutions over (B, C, T) instead of two-dimensional ones over (B, C, 1, T).
+Differs: one-dimensional convolutions over (B, C, T) instead of two-dimensional ones over (B, C, 1, T); the
+pool comes before the ReLU, which is the same function with half of the work.
 """
 
 import torch
 from torch import Tensor, nn
 from wearfleet_protos.errors import ConfigError
 
-from wearfleet_models.layers import BatchNorm, MaxPool
+from wearfleet_models.layers import BatchNorm, Conv, MaxPool
 
 __all__ = ["Cnn"]
 
@@ -28,10 +29,10 @@ class Cnn(nn.Module):
             raise ConfigError(
                 f"a window of {window} samples is too short for kernel {kernel}; it needs {3 * kernel + 1}"
             )
-        self.conv1 = nn.Conv1d(channels, 16, kernel)
+        self.conv1 = Conv(channels, 16, kernel)
         self.norm1 = BatchNorm(16)
         self.pool1 = MaxPool(2)
-        self.conv2 = nn.Conv1d(16, 32, kernel)
+        self.conv2 = Conv(16, 32, kernel)
         self.norm2 = BatchNorm(32)
         self.pool2 = MaxPool(2)
         self.num_features = 32 * length
@@ -47,6 +48,6 @@ class Cnn(nn.Module):
         Returns:
             (B, num_features).
         """
-        x = self.pool1(torch.relu(self.norm1(self.conv1(x), weight)))
-        x = self.pool2(torch.relu(self.norm2(self.conv2(x), weight)))
+        x = torch.relu(self.pool1(self.norm1(self.conv1(x), weight)))
+        x = torch.relu(self.pool2(self.norm2(self.conv2(x), weight)))
         return x.flatten(1)
