@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
@@ -33,30 +32,23 @@ _QUIET = (
 )
 
 
-def require_browser() -> tuple[str, str]:
-    """Paths of Chromium and its driver; a test without them is skipped, and fails where ``CI`` is set."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if browser and driver:
-        return browser, driver
-    message = "needs chromium and chromedriver on PATH"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
+def _program(*names: str) -> str:
+    found = next(filter(None, map(shutil.which, names)), None)
+    assert found, f"needs one of {names} on PATH: apt-get install chromium chromium-driver"
+    return found
 
 
 @contextlib.contextmanager
 def open_page(url: str, *, size: tuple[int, int] = DESKTOP, dark: bool = False) -> Iterator[webdriver.Chrome]:
     """A fresh browser at ``url`` with a viewport of ``size`` pixels that prefers light or dark."""
-    browser, driver = require_browser()
     os.environ["SE_OFFLINE"] = "true"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = webdriver.ChromeOptions()
-        options.binary_location = browser
+        options.binary_location = _program("chromium", "chromium-browser", "google-chrome")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         for flag in (*_QUIET, f"--user-data-dir={profile}"):
             options.add_argument(flag)
-        page = webdriver.Chrome(options=options, service=Service(driver))
+        page = webdriver.Chrome(options=options, service=Service(_program("chromedriver")))
         try:
             set_view(page, size, dark=dark)
             page.get(url)

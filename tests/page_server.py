@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import uvicorn
@@ -15,7 +18,7 @@ from wearfleet_cloud.service.web.page import mount
 R = TypeVar("R")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from wearfleet_cloud.service.live import LiveState
 
@@ -37,30 +40,47 @@ class PageServer:
 
 
 @contextlib.contextmanager
-def serve_page(live: LiveState, *, title: str = "wearfleet") -> Iterator[PageServer]:
-    """Serve the page in a thread until the block ends."""
-    app = FastAPI()
-    mount(app, live, title=title)
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+def serve_process(source_name: str, port: int) -> Iterator[None]:
+    """Serve an empty picture from a process of its own, which is killed when the block ends."""
+    script = (
+        "import threading; from page_server import serve_page; from wearfleet_cloud.service.live import LiveState\n"
+        f"with serve_page(LiveState({source_name!r}), port={port}): threading.Event().wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parent) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serve_page(live: LiveState, *, title: str = "wearfleet", port: int = 0) -> Iterator[PageServer]:
+    """Serve the page in a thread until the block ends; ``port`` 0 takes a free one."""
     started = threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
 
-    async def run() -> None:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loops.append(asyncio.get_running_loop())
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.01)
         started.set()
-        await serving
+        yield
 
-    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
+    app = FastAPI(lifespan=lifespan)
+    mount(app, live, title=title)
+    listener = socket.create_server(("127.0.0.1", port))
+    bound = listener.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     assert started.wait(20)
-    assert server.started
     try:
-        yield PageServer(f"http://127.0.0.1:{port}/", loops[0])
+        yield PageServer(f"http://127.0.0.1:{bound}/", loops[0])
     finally:
         server.should_exit = True
         thread.join(20)

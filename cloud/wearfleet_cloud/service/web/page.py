@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fastapi import Request  # noqa: TC002 - NiceGUI reads the page function's annotations
+from fastapi import Request
 from nicegui import app as nicegui_app
 from nicegui import ui
 

@@ -68,6 +68,7 @@ export class Board {
     const { devices, round, all } = this.dirty;
     this.dirty = { devices: new Set(), round: false, all: false };
     if (all) this.#dropRows();
+    this.list.style.setProperty("--wf-devices", this.store.devices.size);
     this.root.classList.toggle("wf-dense", this.store.devices.size >= DENSE_FROM);
     for (const id of devices) this.#row(id).update(this.store.devices.get(id));
     this.#showHeader();

@@ -3,21 +3,22 @@
 import { ACTIVITY, CONFIDENCE, FLAGGED, SEQUENCE, START } from "./store.js";
 
 const COLUMN_PX = 7;
+const COLUMNS_ON_WIDE = 96;
 const GAP_AT_START_PX = 5;
-const LABEL_FONT = "600 12px Roboto, system-ui, sans-serif";
 
 // Columns from the newest (right) to the oldest that fits, each {x, width, cell}; a missing window leaves room.
 export function layOut(cells, width) {
   const columns = [];
+  const column = Math.max(COLUMN_PX, Math.round(width / COLUMNS_ON_WIDE));
   let x = width;
   for (let i = cells.length - 1; i >= 0 && x > 0; i -= 1) {
     const newer = cells[i + 1];
     if (newer) {
       const same = newer[START] === cells[i][START];
-      x -= same ? COLUMN_PX * Math.min(40, newer[SEQUENCE] - cells[i][SEQUENCE] - 1) : GAP_AT_START_PX;
+      x -= same ? column * Math.min(40, newer[SEQUENCE] - cells[i][SEQUENCE] - 1) : GAP_AT_START_PX;
     }
-    x -= COLUMN_PX;
-    columns.push({ x, width: COLUMN_PX, cell: cells[i] });
+    x -= column;
+    columns.push({ x, width: column, cell: cells[i] });
   }
   return columns;
 }
@@ -79,7 +80,7 @@ export class Ribbon {
     pen.lineWidth = 3;
     pen.beginPath();
     const left = flagged.at(-1).x;
-    const right = flagged[0].x + COLUMN_PX;
+    const right = flagged[0].x + flagged[0].width;
     for (let x = left - height - ((left - height) % 8); x < right; x += 8) {
       pen.moveTo(x, height);
       pen.lineTo(x + height, 0);
@@ -91,7 +92,8 @@ export class Ribbon {
   }
 
   #labels(pen, legend, height) {
-    pen.font = LABEL_FONT;
+    const size = Math.max(12, Math.min(20, 0.2 * height));
+    pen.font = `600 ${size}px Roboto, system-ui, sans-serif`;
     pen.textBaseline = "alphabetic";
     for (const run of runs(this.columns)) {
       const name = legend[run.activity];

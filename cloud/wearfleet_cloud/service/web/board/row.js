@@ -74,7 +74,7 @@ export class Row {
       "wf-row",
       make("div", "wf-who", this.name, status, make("p", "wf-chips", this.model, this.personal)),
       make("div", "wf-now", this.activity, this.unsure, this.confidence),
-      this.canvas,
+      make("div", "wf-track-line", this.canvas),
       make("div", "wf-result", make("span", "wf-caption", "accuracy"), this.accuracy, this.counts),
     );
   }

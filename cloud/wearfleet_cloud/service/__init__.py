@@ -1,0 +1,1 @@
+"""The cloud service: gRPC, ingest, metrics and the live page in one process."""
