@@ -1,0 +1,198 @@
+"""The weighted average of updates: streaming, in float64, and the same whatever the order of arrival.
+
+Updates are loaded one at a time in the order of their clients' names, so memory is a few models however many
+clients there are, and the result is the same bit for bit. Means are updated incrementally
+(m <- m + (x - m) w / W, West 1979), so equal updates return themselves exactly.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from wearfleet_protos.errors import AggregationError, ShapeError
+from wearfleet_protos.plan import UploadSpec
+from wearfleet_protos.tensors import TensorRole, TensorSpec, check_finite, check_tensors
+
+__all__ = ["Arrays", "Averaged", "Averaging", "Contribution", "average", "check_update"]
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One client's part of a round.
+
+    Args:
+        client: identity; a client counts once.
+        num_examples: windows it trained on, > 0.
+        load: gives the uploaded tensors; called once, when it is this client's turn.
+    """
+
+    client: str
+    num_examples: int
+    load: Callable[[], Arrays]
+
+
+@dataclass(frozen=True, slots=True)
+class Averaging:
+    """How updates are weighted.
+
+    Args:
+        weighting: ``examples`` (FedAvg's own: by number of windows) or ``uniform``.
+        statistics: ``moments`` pools means and variances of normalisation as moments of the mixture;
+            ``naive`` averages the variances too (biased low; for parity with published numbers).
+    """
+
+    weighting: Literal["examples", "uniform"] = "examples"
+    statistics: Literal["moments", "naive"] = "moments"
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """New global tensors and who made them.
+
+    Args:
+        tensors: every tensor of the current ones, changed where updates were uploaded.
+        clients: in the order of folding.
+        num_examples: of all clients together.
+    """
+
+    tensors: dict[str, NDArray[np.generic]]
+    clients: tuple[str, ...]
+    num_examples: int
+
+
+def check_update(update: Arrays, specs: Iterable[TensorSpec], *, client: str) -> None:
+    """Refuse an update that cannot be averaged.
+
+    Args:
+        update: what a client sent.
+        specs: ``Plan.upload_specs()``.
+        client: named in the error.
+
+    Raises:
+        AggregationError: a tensor is missing, unexpected, of another shape or type, or not finite.
+    """
+    try:
+        check_tensors(update, specs)
+        check_finite(update)
+    except ShapeError as error:
+        raise AggregationError(f"update of client {client} refused: {error}") from error
+
+
+def average(
+    specs: Sequence[TensorSpec],
+    upload: UploadSpec,
+    current: Arrays,
+    contributions: Iterable[Contribution],
+    averaging: Averaging = Averaging(),  # noqa: B008 - frozen
+) -> Averaged:
+    """Fold the updates of a round into the global tensors.
+
+    x <- sum_i w_i y_i, with y_i the client's tensors (x + delta_i for differences). Statistics of normalisation come in
+    pairs, mean then variance, in the order of ``specs``; with moments v = sum_i w_i (v_i + (mu_i - mu)^2). Counters
+    take the largest. A server optimiser never touches either.
+
+    Args:
+        specs: the plan's tensors in their order (``Plan.tensors``).
+        upload: roles, groups and form of the updates.
+        current: global tensors that the clients started from.
+        contributions: any order.
+        averaging: weights.
+
+    Returns:
+        The new global tensors, in the types of the current ones.
+
+    Raises:
+        AggregationError: no contributions, a client twice, a count below one, or an update that does not fit.
+
+    Source:
+        McMahan et al. 2017, arXiv:1602.05629, algorithm 1; pooled moments: specs/federated.md 0.4.
+    """
+    ordered = _check_contributions(contributions)
+    wanted = tuple(s for s in specs if s.role in upload.roles and s.group in upload.groups)
+    missing = sorted(s.name for s in wanted if s.name not in current)
+    if missing:
+        raise AggregationError(f"current global tensors lack {missing[:5]}; load the model of the plan")
+    pairs = _statistic_pairs(wanted) if averaging.statistics == "moments" else {}
+    sums = {s.name: _start(s) for s in wanted}
+    weight_before = 0.0
+    for contribution in ordered:
+        update = contribution.load()
+        check_update(update, wanted, client=contribution.client)
+        weight = float(contribution.num_examples) if averaging.weighting == "examples" else 1.0
+        weight_before += weight
+        values = {s.name: _value(update[s.name], current[s.name], upload) for s in wanted}
+        _fold(wanted, pairs, sums, values, weight / weight_before)
+    return Averaged(
+        {name: _finish(name, array, sums) for name, array in current.items()},
+        tuple(c.client for c in ordered),
+        sum(c.num_examples for c in ordered),
+    )
+
+
+def _check_contributions(contributions: Iterable[Contribution]) -> tuple[Contribution, ...]:
+    ordered = tuple(sorted(contributions, key=lambda c: c.client))
+    if not ordered:
+        raise AggregationError("no updates to average; the round must be skipped and the old model kept")
+    for before, after in zip(ordered, ordered[1:], strict=False):
+        if before.client == after.client:
+            raise AggregationError(f"client {after.client} contributes twice to one round")
+    for contribution in ordered:
+        if contribution.num_examples < 1:
+            raise AggregationError(
+                f"client {contribution.client} claims {contribution.num_examples} training windows; at least 1 expected"
+            )
+    return ordered
+
+
+def _statistic_pairs(specs: Sequence[TensorSpec]) -> dict[str, str]:
+    """Name of each variance -> name of its mean."""
+    statistics = [s for s in specs if s.role == TensorRole.NORM_STAT]
+    means, variances = statistics[::2], statistics[1::2]
+    if len(means) != len(variances) or any(m.shape != v.shape for m, v in zip(means, variances, strict=True)):
+        raise AggregationError(
+            "normalisation statistics must be declared in pairs, mean then variance, of one shape; got "
+            + ", ".join(f"{s.name} {s.shape}" for s in statistics[:6])
+        )
+    return {variance.name: mean.name for mean, variance in zip(means, variances, strict=True)}
+
+
+def _start(spec: TensorSpec) -> NDArray[np.generic]:
+    if spec.role == TensorRole.COUNTER:
+        return np.full(spec.shape, np.iinfo(spec.dtype).min, dtype=spec.dtype)
+    return np.zeros(spec.shape, dtype=np.float64)
+
+
+def _value(
+    update: NDArray[np.generic], current: NDArray[np.generic], upload: UploadSpec
+) -> NDArray[np.generic]:
+    """The client's tensor: float64, or its own integer type."""
+    kind = np.float64 if np.issubdtype(update.dtype, np.floating) else update.dtype
+    value = update.astype(kind)
+    return value + current.astype(kind) if upload.form == "delta" else value
+
+
+def _fold(
+    specs: Sequence[TensorSpec],
+    pairs: Mapping[str, str],
+    sums: dict[str, NDArray[np.generic]],
+    values: Arrays,
+    share: float,
+) -> None:
+    """Take one client in, with ``share`` = its weight / weight so far; changes ``sums``."""
+    spread = {name: values[mean] - sums[mean] for name, mean in pairs.items()}  # type: ignore[operator]
+    for spec in specs:
+        old, new = sums[spec.name], values[spec.name]
+        if spec.role == TensorRole.COUNTER:
+            sums[spec.name] = np.maximum(old, new)  # type: ignore[call-overload]
+            continue
+        sums[spec.name] = old + (new - old) * share  # type: ignore[operator]
+        if spec.name in spread:
+            sums[spec.name] += share * (1.0 - share) * spread[spec.name] ** 2
+
+
+def _finish(name: str, current: NDArray[np.generic], sums: Arrays) -> NDArray[np.generic]:
+    return sums[name].astype(current.dtype) if name in sums else current

@@ -1,0 +1,78 @@
+"""What a federated strategy is: a client program above, a server fold below."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from wearfleet_protos.plan import UploadSpec
+from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
+
+from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Contribution
+from wearfleet_cloud.federated.training_options import LocalTraining
+
+if TYPE_CHECKING:
+    from wearfleet_models.classifier import Classifier
+
+    from wearfleet_cloud.federated.client_program import ClientProgram
+
+__all__ = ["LEARNED_ROLES", "Strategy", "StrategyInfo"]
+
+LEARNED_ROLES = (
+    TensorRole.SHARED,
+    TensorRole.HEAD,
+    TensorRole.NORM_AFFINE,
+    TensorRole.NORM_STAT,
+    TensorRole.COUNTER,
+)
+"""Everything that training changes in the models of this stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyInfo:
+    """What people, the plan and the scheduler need to know of a strategy.
+
+    Args:
+        name: key in ``STRATEGIES``.
+        paper: short citation.
+        version: raised when the numbers change.
+        uploaded: roles sent to the server after a round.
+        kept_local: roles that stay on the device from round to round.
+        phases: what a client does in a round, in order.
+        composes_with: additions whose combination with it is sound (specs/federated.md section 21).
+        hyper_parameters: its own, beside those of local training, with their meaning.
+    """
+
+    name: str
+    paper: str
+    version: int
+    uploaded: tuple[TensorRole, ...]
+    kept_local: tuple[TensorRole, ...]
+    phases: tuple[str, ...]
+    composes_with: tuple[str, ...]
+    hyper_parameters: Mapping[str, str]
+
+    def upload(self) -> UploadSpec:
+        """The upload as the plan states it: differences of parameters and buffers."""
+        return UploadSpec(self.uploaded, (TensorGroup.PARAM, TensorGroup.BUFFER), "delta", "float32")
+
+
+class Strategy(Protocol):
+    """One federated algorithm with its hyper-parameters."""
+
+    info: ClassVar[StrategyInfo]
+
+    @property
+    def local(self) -> LocalTraining:
+        """Local training of a client."""
+
+    def client(self, model: "Classifier") -> "ClientProgram":
+        """The client's side for this model.
+
+        Raises:
+            ConfigError: the strategy makes no sense for this model.
+        """
+
+    def server(
+        self, specs: Sequence[TensorSpec], current: Arrays, contributions: Iterable[Contribution]
+    ) -> Averaged:
+        """Fold the updates of a round into the global tensors; see ``aggregate.average``."""
