@@ -43,13 +43,19 @@ def dataset_named(name: str) -> Dataset:
         return DATASETS[name]
     path = Path(name)
     if path.suffix != ".py":
-        raise ConfigError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}, or the path of a .py file")
-    spec = importlib.util.spec_from_file_location(f"wearfleet_user_dataset_{path.stem.replace('-', '_')}", path)
+        raise ConfigError(
+            f"unknown data set {name!r}; known: {', '.join(DATASETS)}, or the path of a .py file"
+        )
+    spec = importlib.util.spec_from_file_location(
+        f"wearfleet_user_dataset_{path.stem.replace('-', '_')}", path
+    )
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"data set file {path} does not exist")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     dataset = getattr(module, "DATASET", None)
     if not isinstance(dataset, Dataset):
-        raise ConfigError(f"{path}: expected a variable DATASET that holds a Dataset, got {type(dataset).__name__}")
+        raise ConfigError(
+            f"{path}: expected a variable DATASET that holds a Dataset, got {type(dataset).__name__}"
+        )
     return dataset

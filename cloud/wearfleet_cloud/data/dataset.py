@@ -32,7 +32,9 @@ UNKNOWN_SUBJECT: Final = "unknown"
 """Subject of a recording whose wearer the distribution does not tell."""
 
 INERTIAL6: Final = tuple(
-    Channel(f"{sensor}_{axis}", unit) for sensor, unit in (("acc", "m/s^2"), ("gyro", "rad/s")) for axis in "xyz"
+    Channel(f"{sensor}_{axis}", unit)
+    for sensor, unit in (("acc", "m/s^2"), ("gyro", "rad/s"))
+    for axis in "xyz"
 )
 """Accelerometer (with gravity) and gyroscope in canonical units: acc_x ... gyro_z."""
 

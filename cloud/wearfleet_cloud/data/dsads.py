@@ -48,7 +48,7 @@ def _segments(source: Source, progress: Progress) -> _Segments:
         activity = int(match["activity"])
         if len(rows) != _SEGMENT or not 1 <= activity <= len(DSADS19):
             raise DataError(
-                f"{name}: expected {_SEGMENT} rows of activity 1 to {len(DSADS19)}, got {len(rows)} rows; fetch it again"
+                f"{name}: expected {_SEGMENT} rows of activity 1 to {len(DSADS19)}, got {len(rows)} rows"
             )
         of_pair = found.setdefault((int(match["subject"]), activity), {})
         of_pair[int(match["segment"])] = rows.astype(np.float32)

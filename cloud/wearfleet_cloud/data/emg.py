@@ -54,7 +54,9 @@ def _series(source: Source, progress: Progress) -> Iterator[_Series]:
         found = True
         yield _parse(match, text)
     if not found:
-        raise DataError(f"{source.path}: expected <subject>/<series>_raw_data_HH-MM_DD.MM.YY.txt files, got none")
+        raise DataError(
+            f"{source.path}: expected <subject>/<series>_raw_data_HH-MM_DD.MM.YY.txt files, got none"
+        )
 
 
 def _parse(match: re.Match[str], text: bytes) -> _Series:
@@ -130,7 +132,9 @@ EMG: Final = Dataset(
         _recordings,
         _counts,
     ),
-    domain_groups=tuple(tuple(f"{subject:02d}" for subject in range(first, first + 9)) for first in range(1, 37, 9)),
+    domain_groups=tuple(
+        tuple(f"{subject:02d}" for subject in range(first, first + 9)) for first in range(1, 37, 9)
+    ),
     download=Download(
         "https://archive.ics.uci.edu/static/public/481/emg+data+for+gestures.zip",
         "emg+data+for+gestures.zip",

@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 
 __all__ = ["HAPT"]
 
-TRANSITIONS: Final = ("stand to sit", "sit to stand", "sit to lie", "lie to sit", "stand to lie", "lie to stand")
+TRANSITIONS: Final = (
+    "stand to sit",
+    "sit to stand",
+    "sit to lie",
+    "lie to sit",
+    "stand to lie",
+    "lie to stand",
+)
 
 _FILES: Final = re.compile(
     r"(?:^|/)(?:RawData/(?:(?P<sensor>acc|gyro)_exp(?P<experiment>\d+)_user(?P<user>\d+)|(?P<labels>labels))"
@@ -61,7 +68,9 @@ def _load(source: Source, progress: Progress) -> _Content:
         elif match["labels"]:
             content.labels = parse_table(text, 5, name).astype(np.int64)
         else:
-            content.official[match["part"], match["column"]] = parse_table(text, 1, name).astype(np.int64)[:, 0]
+            content.official[match["part"], match["column"]] = parse_table(text, 1, name).astype(np.int64)[
+                :, 0
+            ]
     _check(content, source)
     return content
 
@@ -149,7 +158,9 @@ HAPT: Final = Dataset(
         _recordings,
         _counts,
     ),
-    domain_groups=tuple(tuple(f"{user:02d}" for user in range(first, first + 6)) for first in range(1, 31, 6)),
+    domain_groups=tuple(
+        tuple(f"{user:02d}" for user in range(first, first + 6)) for first in range(1, 31, 6)
+    ),
     download=Download(
         "https://archive.ics.uci.edu/static/public/341/"
         "smartphone+based+recognition+of+human+activities+and+postural+transitions.zip",

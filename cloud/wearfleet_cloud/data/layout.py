@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import lzma
 import re
@@ -37,7 +36,9 @@ class Source:
 
     def fingerprint(self) -> str:
         """Digest over name, size and modification time of the archive, or of every file of the folder."""
-        files = sorted(p for p in self.path.rglob("*") if p.is_file()) if self.kind == "folder" else [self.path]
+        files = (
+            sorted(p for p in self.path.rglob("*") if p.is_file()) if self.kind == "folder" else [self.path]
+        )
         digest = hashlib.sha256()
         for file in files:
             status = file.stat()
@@ -51,7 +52,7 @@ class Layout:
 
     Args:
         folders: names below the data root that may hold it; the data root itself is tried first.
-        archives: name patterns of archives (``.tar.xz``, ``.tar.gz``, ``.tar``, ``.zip``); the first that fits wins.
+        archives: name patterns of archives (``.tar.xz``, ``.tar``, ``.zip``); the first that fits wins.
         unpacked: names of the top folder when unpacked, ``"."`` for none.
         probe: pattern of a file below that top folder which shows that it is the right one.
     """
@@ -68,7 +69,9 @@ class Layout:
             DataError: no data root, or nothing that fits below it; says what was looked for.
         """
         if root is None or not root.is_dir():
-            raise DataError(f"data root {root} is not a folder; give --data-root the folder that holds the data sets")
+            raise DataError(
+                f"data root {root} is not a folder; give --data-root the folder that holds the data sets"
+            )
         places = [root, *(root / name for name in self.folders)]
         for place in places:
             for pattern in self.archives:
@@ -87,7 +90,9 @@ class Layout:
         )
 
 
-def members(source: Source, wanted: re.Pattern[str], progress: Progress) -> Iterator[tuple[re.Match[str], bytes]]:
+def members(
+    source: Source, wanted: re.Pattern[str], progress: Progress
+) -> Iterator[tuple[re.Match[str], bytes]]:
     """Read the files whose path matches, in the order in which they lie there (folders: sorted).
 
     Args:
@@ -111,9 +116,15 @@ def members(source: Source, wanted: re.Pattern[str], progress: Progress) -> Iter
         ) from error
 
 
-def _tar_members(path: Path, wanted: re.Pattern[str], progress: Progress) -> Iterator[tuple[re.Match[str], bytes]]:
+def _tar_members(
+    path: Path, wanted: re.Pattern[str], progress: Progress
+) -> Iterator[tuple[re.Match[str], bytes]]:
     total = path.stat().st_size
-    with path.open("rb") as raw, _decompressed(path, raw) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+    with (
+        path.open("rb") as raw,
+        _decompressed(path, raw) as stream,
+        tarfile.open(fileobj=stream, mode="r|") as tar,
+    ):
         for member in tar:
             progress(f"reading {path.name}", min(raw.tell(), total), total)
             match = wanted.search(member.name)
@@ -130,12 +141,12 @@ def _tar_members(path: Path, wanted: re.Pattern[str], progress: Progress) -> Ite
 def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
     if path.suffix == ".xz":
         return lzma.LZMAFile(raw)
-    if path.suffix in {".gz", ".tgz"}:
-        return gzip.GzipFile(fileobj=raw)
     return raw
 
 
-def _zip_file_members(path: Path, wanted: re.Pattern[str], progress: Progress) -> Iterator[tuple[re.Match[str], bytes]]:
+def _zip_file_members(
+    path: Path, wanted: re.Pattern[str], progress: Progress
+) -> Iterator[tuple[re.Match[str], bytes]]:
     with zipfile.ZipFile(path) as archive:
         yield from _zip_members(archive, path.name, wanted, progress)
 
@@ -161,7 +172,9 @@ def _zip_members(
         progress(f"reading {name}", done, total)
 
 
-def _folder_members(path: Path, wanted: re.Pattern[str], progress: Progress) -> Iterator[tuple[re.Match[str], bytes]]:
+def _folder_members(
+    path: Path, wanted: re.Pattern[str], progress: Progress
+) -> Iterator[tuple[re.Match[str], bytes]]:
     found = ((wanted.search(file.relative_to(path).as_posix()), file) for file in sorted(path.rglob("*")))
     files = [(match, file) for match, file in found if match is not None and file.is_file()]
     for index, (match, file) in enumerate(files):
@@ -173,5 +186,7 @@ def _folder_members(path: Path, wanted: re.Pattern[str], progress: Progress) -> 
 def _bounded(content: IO[bytes], name: str) -> bytes:
     data = content.read(_MAX_MEMBER_BYTES + 1)
     if len(data) > _MAX_MEMBER_BYTES:
-        raise DataError(f"{name}: expected at most {_MAX_MEMBER_BYTES} bytes, got more; this is not the official file")
+        raise DataError(
+            f"{name}: expected at most {_MAX_MEMBER_BYTES} bytes, got more; this is not the official file"
+        )
     return data

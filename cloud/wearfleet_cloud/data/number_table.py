@@ -35,7 +35,9 @@ def parse_table(text: bytes, columns: int, where: str) -> NDArray[np.float64]:
         try:
             values = np.fromstring(text.replace(b",", b" "), dtype=np.float64, sep=" ")
         except (DeprecationWarning, ValueError) as error:
-            raise DataError(f"{where}: expected {columns} numbers a row, got something else ({error})") from error
+            raise DataError(
+                f"{where}: expected {columns} numbers a row, got something else ({error})"
+            ) from error
     if values.size == 0 or values.size != lines * columns:
         raise DataError(
             f"{where}: expected {columns} numbers in each of {lines} lines, got {values.size} numbers; "

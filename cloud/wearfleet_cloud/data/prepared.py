@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from wearfleet_protos.errors import DataError, NotFoundError, ShapeError
@@ -24,7 +24,7 @@ from wearfleet_cloud.data.windows import WindowSet
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Prepared", "RecordingEntry", "counts_of", "prepare", "write_replays"]
+__all__ = ["Prepared", "RecordingEntry", "counts_of", "default_cache_dir", "prepare", "write_replays"]
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +92,14 @@ class Prepared:
         )
 
 
-def prepare(dataset: Dataset, data_root: Path | None, cache_dir: Path, progress: Progress = silent) -> Prepared:
+def default_cache_dir() -> Path:
+    """Where prepared data sets lie unless told otherwise: ``~/.cache/wearfleet``."""
+    return Path.home() / ".cache" / "wearfleet"
+
+
+def prepare(
+    dataset: Dataset, data_root: Path | None, cache_dir: Path, progress: Progress = silent
+) -> Prepared:
     """Load a data set from the cache, building it there first when it is missing, outdated or damaged.
 
     The cache entry is keyed by the description, the reader's version and the distribution's name, size and time. It
@@ -128,7 +135,9 @@ def prepare(dataset: Dataset, data_root: Path | None, cache_dir: Path, progress:
     return _load(dataset, folder)
 
 
-def counts_of(dataset: Dataset, data_root: Path | None, cache_dir: Path, progress: Progress = silent) -> Counts:
+def counts_of(
+    dataset: Dataset, data_root: Path | None, cache_dir: Path, progress: Progress = silent
+) -> Counts:
     """What the distribution holds; counted once, then remembered in the cache.
 
     Raises:
@@ -146,7 +155,9 @@ def counts_of(dataset: Dataset, data_root: Path | None, cache_dir: Path, progres
     return counts
 
 
-def write_replays(prepared: Prepared, folder: Path, subjects: tuple[str, ...] | None = None) -> tuple[Path, ...]:
+def write_replays(
+    prepared: Prepared, folder: Path, subjects: tuple[str, ...] | None = None
+) -> tuple[Path, ...]:
     """Write one replay file a person for the agent's replay sensor.
 
     Args:
@@ -196,19 +207,18 @@ def _build(dataset: Dataset, recordings: Iterator[Recording], folder: Path) -> N
             entries.append(RecordingEntry(own.subject, own.position, own.device, own.session, total, end))
             total, windows = end, windows + len(cut)
             origin = np.full(len(cut), number, np.int64)
-            for name, array in zip(names, (own.samples, own.labels, cut.x, cut.y, origin, cut.start), strict=True):
-                _append(files[name], array)
+            arrays: tuple[NDArray[Any], ...] = (own.samples, own.labels, cut.x, cut.y, origin, cut.start)
+            for name, array in zip(names, arrays, strict=True):
+                files[name].write(np.ascontiguousarray(array).data)
     finally:
         for file in files.values():
             file.close()
     if windows == 0:
-        raise DataError(f"data set {dataset.name}: no labelled window in {len(entries)} recordings; check its reader")
+        raise DataError(
+            f"data set {dataset.name}: no labelled window in {len(entries)} recordings; check its reader"
+        )
     index = {"total": total, "windows": windows, "entries": [asdict(entry) for entry in entries]}
     (folder / "index.json").write_text(json.dumps(index))
-
-
-def _append(file: IO[bytes], array: NDArray[Any]) -> None:
-    file.write(np.ascontiguousarray(array).data)
 
 
 def _with_window_classes(dataset: Dataset, recording: Recording) -> Recording:
@@ -226,7 +236,9 @@ def _with_window_classes(dataset: Dataset, recording: Recording) -> Recording:
         )
     if not bool(np.isfinite(recording.samples).all()):
         raise DataError(f"{where}: samples hold NaN or infinity; the reader must interpolate or split there")
-    kept = np.where(recording.labels < len(dataset.label_names), recording.labels, UNLABELLED).astype(np.int16)
+    kept = np.where(recording.labels < len(dataset.label_names), recording.labels, UNLABELLED).astype(
+        np.int16
+    )
     return Recording(
         recording.samples,
         kept,

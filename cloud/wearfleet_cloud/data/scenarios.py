@@ -113,7 +113,9 @@ def cross_person(prepared: Prepared, target: int | tuple[str, ...], seed: int = 
     if not sources:
         raise DataError(f"all persons of {prepared.dataset.name} are held out; leave some to train on")
     goal = _domain(prepared, f"persons {'+'.join(held)}", held)
-    leakage_check(prepared.windows, np.concatenate([d.index for d in sources]), goal.index, persons_apart=True)
+    leakage_check(
+        prepared.windows, np.concatenate([d.index for d in sources]), goal.index, persons_apart=True
+    )
     return Scenario("cross-person", prepared, sources, goal, seed)
 
 

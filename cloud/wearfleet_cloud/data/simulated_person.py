@@ -6,6 +6,7 @@ each person's style. The trunk's pitch and roll are a posture plus an oscillatio
 through them, and their derivative is what a gyroscope sees. The sensor adds placement (a rotation), gain, bias,
 noise and jitter of its clock.
 
+Activities are numbered as in ``wearfleet_protos.labels.SIMULATED6``; the first three are gaits.
 The numbers are our own choices, in the range of published waist recordings; they are not fitted to any data set.
 """
 
@@ -19,13 +20,10 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ACTIVITIES", "Person", "Sensor", "body_signals", "draw_person", "draw_sensor", "measure"]
+__all__ = ["Person", "Sensor", "body_signals", "draw_person", "draw_sensor", "measure"]
 
 GRAVITY: Final = 9.80665
 HARMONICS: Final = 6
-
-ACTIVITIES: Final = ("walking", "walking upstairs", "walking downstairs", "sitting", "standing", "lying")
-"""The order of the classes; the first three are gaits."""
 
 # Amplitudes of harmonics 1..6 of the stride, (axis x y z, harmonic), m/s^2, before effort and style.
 _GAIT: Final = np.array(
@@ -83,13 +81,15 @@ class Sensor:
 
 def draw_person(generator: np.random.Generator) -> Person:
     """Draw a person; style, tempo, strength and posture differ, so that classes of different people overlap."""
-    strength = np.exp(generator.normal(0.0, 0.20))
-    rate = generator.normal(1.85, 0.14)
-    tempo = _STEP_RATE * np.exp(generator.normal(0.0, 0.05, 3))
-    effort = _EFFORT * strength * np.exp(generator.normal(0.0, 0.10, 3))
+    strength = np.exp(generator.normal(0.0, 0.16))
+    rate = generator.normal(1.85, 0.12)
+    tempo = _STEP_RATE * np.exp(generator.normal(0.0, 0.03, 3))
+    effort = _EFFORT * strength * np.exp(generator.normal(0.0, 0.07, 3))
     phases = np.exp(1j * np.cumsum(np.full(HARMONICS, 0.7)))  # a common shape of the step
     # One style for all gaits of a person and a smaller part of each gait alone.
-    style = _complex_normal(generator, (1, 3, HARMONICS), 0.30) + _complex_normal(generator, (3, 3, HARMONICS), 0.20)
+    style = _complex_normal(generator, (1, 3, HARMONICS), 0.25) + _complex_normal(
+        generator, (3, 3, HARMONICS), 0.15
+    )
     sway_style = _complex_normal(generator, (3, 3, HARMONICS), 0.35)
     return Person(
         step_hz=rate * tempo,
@@ -102,20 +102,28 @@ def draw_person(generator: np.random.Generator) -> Person:
 
 def _draw_posture(generator: np.random.Generator) -> NDArray[np.float64]:
     """(6, 2) pitch and roll, rad: sitting leans back from the person's own way of standing."""
-    upright = np.radians(generator.normal(0.0, [9.0, 5.0]))
-    gaits = upright + np.radians([[3.0, 0.0], [9.0, 0.0], [-1.0, 0.0]]) + np.radians(generator.normal(0.0, 2.5, (3, 2)))
-    sitting = upright + np.radians([generator.normal(-20.0, 7.0), generator.normal(0.0, 5.0)])
+    upright = np.radians(generator.normal(0.0, [8.0, 5.0]))
+    gaits = (
+        upright
+        + np.radians([[3.0, 0.0], [9.0, 0.0], [-1.0, 0.0]])
+        + np.radians(generator.normal(0.0, 2.5, (3, 2)))
+    )
+    sitting = upright + np.radians([generator.normal(-24.0, 6.5), generator.normal(0.0, 5.0)])
     lying = np.radians([generator.normal(-82.0, 9.0), generator.normal(0.0, 25.0)])
     return np.vstack((gaits, sitting, upright, lying))
 
 
-def _complex_normal(generator: np.random.Generator, shape: tuple[int, ...], scale: float) -> NDArray[np.complex128]:
-    return scale * (generator.normal(size=shape) + 1j * generator.normal(size=shape)) / np.sqrt(2.0)
+def _complex_normal(
+    generator: np.random.Generator, shape: tuple[int, ...], scale: float
+) -> NDArray[np.complex128]:
+    drawn: NDArray[np.complex128] = generator.normal(size=shape) + 1j * generator.normal(size=shape)
+    drawn *= scale / np.sqrt(2.0)
+    return drawn
 
 
 def draw_sensor(generator: np.random.Generator, jitter_s: float) -> Sensor:
     """Draw a device and how it is worn."""
-    yaw, pitch, roll = np.radians(generator.normal(0.0, [22.0, 6.0, 6.0]))
+    yaw, pitch, roll = np.radians(generator.normal(0.0, [18.0, 6.0, 6.0]))
     return Sensor(
         rotation=rotation(yaw, pitch, roll),
         gain=1.0 + generator.normal(0.0, 0.02, 6),
@@ -127,7 +135,14 @@ def draw_sensor(generator: np.random.Generator, jitter_s: float) -> Sensor:
 
 def rotation(yaw: float, pitch: float, roll: float) -> NDArray[np.float64]:
     """(3, 3) rotation about z, then y, then x."""
-    cz, sz, cy, sy, cx, sx = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
+    cz, sz, cy, sy, cx, sx = (
+        np.cos(yaw),
+        np.sin(yaw),
+        np.cos(pitch),
+        np.sin(pitch),
+        np.cos(roll),
+        np.sin(roll),
+    )
     about_z = np.array([[cz, -sz, 0.0], [sz, cz, 0.0], [0.0, 0.0, 1.0]])
     about_y = np.array([[cy, 0.0, sy], [0.0, 1.0, 0.0], [-sy, 0.0, cy]])
     about_x = np.array([[1.0, 0.0, 0.0], [0.0, cx, -sx], [0.0, sx, cx]])
@@ -139,6 +154,7 @@ def body_signals(
     person: Person,
     activity: NDArray[np.int64],
     blend: NDArray[np.float64],
+    *,
     rate_hz: float,
     instants: NDArray[np.float64],
     generator: np.random.Generator,
@@ -169,12 +185,16 @@ def body_signals(
     drift = [np.radians(3.0) * _slow_noise(generator, len(activity), rate_hz, 8.0) for _ in range(2)]
     angles[:, :2] += blend @ person.posture + np.stack(drift, axis=1)
     pitch, roll = angles[:, 0], angles[:, 1]
-    gravity = GRAVITY * np.stack((-np.sin(pitch), np.cos(pitch) * np.sin(roll), np.cos(pitch) * np.cos(roll)), axis=1)
+    gravity = GRAVITY * np.stack(
+        (-np.sin(pitch), np.cos(pitch) * np.sin(roll), np.cos(pitch) * np.cos(roll)), axis=1
+    )
     turning = np.gradient(angles, 1.0 / rate_hz, axis=0)[:, [1, 0, 2]]  # about x: roll, y: pitch, z: yaw
     return np.hstack((linear + gravity, turning))
 
 
-def _slow_noise(generator: np.random.Generator, count: int, rate_hz: float, seconds: float) -> NDArray[np.float64]:
+def _slow_noise(
+    generator: np.random.Generator, count: int, rate_hz: float, seconds: float
+) -> NDArray[np.float64]:
     """(count,) unit-variance noise that changes over ``seconds``: random knots, linear in between."""
     knots = max(int(count / rate_hz / seconds) + 2, 2)
     values = generator.normal(size=knots)
@@ -191,7 +211,8 @@ def _fidgets(
     moves[:, 0] = 0.04 * np.sin(2.0 * np.pi * 0.27 * time + generator.uniform(0.0, 6.28))
     length = int(0.6 * rate_hz)
     burst = np.hanning(length)[:, None] * np.sin(2.0 * np.pi * 2.5 * np.arange(length) / rate_hz)[:, None]
-    for start in generator.integers(0, max(count - length, 1), generator.poisson(person.restlessness * count / rate_hz)):
+    number = generator.poisson(person.restlessness * count / rate_hz)
+    for start in generator.integers(0, max(count - length, 1), number):
         moves[start : start + length] += (burst * generator.normal(0.0, 0.7, 3))[: count - start]
     return moves
 

@@ -18,7 +18,14 @@ from wearfleet_protos.recording import Recording
 
 from wearfleet_cloud.data.dataset import INERTIAL6, Counts, Dataset, Progress
 from wearfleet_cloud.data.file_reader import count_recordings
-from wearfleet_cloud.data.simulated_person import Sensor, body_signals, draw_person, draw_sensor, measure, rotation
+from wearfleet_cloud.data.simulated_person import (
+    Sensor,
+    body_signals,
+    draw_person,
+    draw_sensor,
+    measure,
+    rotation,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,7 +65,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         if min(self.persons, self.sessions, self.bouts) < 1 or not self.bout_s >= 5.0 or self.seed < 0:
-            raise ConfigError(f"persons, sessions and bouts must be at least 1, bout_s at least 5, seed not negative: {self}")
+            raise ConfigError(f"persons, sessions, bouts must be at least 1, bout_s 5, seed 0, got {self}")
         if not 0.0 <= self.label_noise <= 1.0 or not 0.0 <= self.jitter_s <= 0.01:
             raise ConfigError(f"label_noise must be in [0, 1] and jitter_s in [0, 0.01], got {self}")
 
@@ -87,7 +94,7 @@ def _session(simulation: Simulation, number: int, session: int) -> Recording:
     worn = _put_on_anew(sensor, day)
     activity, blend, in_bout, bout = _schedule(simulation, day)
     instants = day.normal(0.0, worn.jitter_s, len(activity)) if worn.jitter_s else np.zeros(len(activity))
-    body = body_signals(person, activity, blend, RATE_HZ, instants, day)
+    body = body_signals(person, activity, blend, rate_hz=RATE_HZ, instants=instants, generator=day)
     noise = np.random.default_rng([simulation.seed, number, session + 1, 1])
     stated = _stated(activity[np.unique(bout, return_index=True)[1]], simulation.label_noise, noise)
     return Recording(

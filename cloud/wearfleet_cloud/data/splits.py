@@ -14,18 +14,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from wearfleet_protos.errors import ConfigError, DataError
 
 from wearfleet_cloud.data.dataset import UNKNOWN_SUBJECT
 from wearfleet_cloud.data.windows import WindowSet
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-__all__ = ["SPLITS", "Split", "block_split", "leakage_check", "person_split", "sharing_samples", "stratified_split"]
+__all__ = [
+    "SPLITS",
+    "Split",
+    "block_split",
+    "leakage_check",
+    "person_split",
+    "sharing_samples",
+    "stratified_split",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +48,9 @@ class Split:
     leaking: int = 0
 
 
-def sharing_samples(windows: WindowSet, index: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.bool_]:
+def sharing_samples(
+    windows: WindowSet, index: NDArray[np.int64], other: NDArray[np.int64]
+) -> NDArray[np.bool_]:
     """Which windows share at least one sample of one recording with any of the others.
 
     Args:
@@ -83,12 +91,14 @@ def leakage_check(
     shared = int(sharing_samples(windows, one, other).sum())
     if shared:
         raise DataError(
-            f"leakage: {shared} of {len(one)} windows share samples with the other set; split by time block or by person"
+            f"leakage: {shared} of {len(one)} windows share samples with the other set; split by block or by person"
         )
     if persons_apart:
         common = sorted(set(windows.subject[one].tolist()) & set(windows.subject[other].tolist()))
         if common:
-            raise DataError(f"leakage: subjects {', '.join(common)} are in both sets; expected none in common")
+            raise DataError(
+                f"leakage: subjects {', '.join(common)} are in both sets; expected none in common"
+            )
 
 
 def stratified_split(windows: WindowSet, index: NDArray[np.int64], fraction: float, seed: int) -> Split:
@@ -111,7 +121,7 @@ def stratified_split(windows: WindowSet, index: NDArray[np.int64], fraction: flo
         held[of_class[: round(len(of_class) * fraction)]] = True
     leaking = int(sharing_samples(windows, index[~held], index[held]).sum())
     if leaking:
-        _log.warning("stratified split: %d of %d training windows share samples with validation", leaking, int((~held).sum()))
+        _log.warning("stratified split: %d training windows share samples with validation", leaking)
     return Split(index[~held], index[held], leaking)
 
 
@@ -125,11 +135,8 @@ def block_split(windows: WindowSet, index: NDArray[np.int64], fraction: float, s
     _check_fraction(fraction)
     generator = np.random.default_rng(seed)
     held = np.zeros(len(index), np.bool_)
-    streams = np.stack(
-        [np.unique(column[index], return_inverse=True)[1] for column in (windows.subject, windows.position, windows.device)]
-        + [windows.activity[index]],
-        axis=1,
-    )
+    origin = (windows.subject, windows.position, windows.device, windows.activity)
+    streams = np.stack([np.unique(column[index], return_inverse=True)[1] for column in origin], axis=1)
     in_time = np.lexsort((windows.start[index], windows.recording[index], windows.session[index]))
     for stream in np.unique(streams, axis=0):
         order = in_time[(streams[in_time] == stream).all(axis=1)]
@@ -153,7 +160,7 @@ def person_split(windows: WindowSet, index: NDArray[np.int64], fraction: float, 
     subjects = np.unique(windows.subject[index])
     if len(subjects) < 2 or UNKNOWN_SUBJECT in subjects:
         raise DataError(
-            f"splitting by person needs at least two known persons, got {subjects.tolist()}; split by time block instead"
+            f"splitting by person needs at least two known persons, got {subjects.tolist()}; split by block instead"
         )
     number = min(max(round(len(subjects) * fraction), 1), len(subjects) - 1)
     chosen = np.random.default_rng(seed).permutation(subjects)[:number]
@@ -166,7 +173,7 @@ def _check_fraction(fraction: float) -> None:
         raise ConfigError(f"the validation fraction must be between 0 and 1, got {fraction}")
 
 
-SPLITS: Final[Mapping[str, Callable[[WindowSet, "NDArray[np.int64]", float, int], Split]]] = {
+SPLITS: Final[Mapping[str, Callable[[WindowSet, NDArray[np.int64], float, int], Split]]] = {
     "block": block_split,
     "person": person_split,
     "stratified": stratified_split,

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["standardisation_of"]
 
 
-def standardisation_of(x: NDArray[np.float32] | Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def standardisation_of(
+    x: NDArray[np.float32] | Sequence[NDArray[np.float32]],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean and standard deviation of each channel over all windows and samples, computed in float64.
 
     Args:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -90,7 +91,7 @@ def _chains(part: _Part) -> list[slice]:
     if part.subject is not None:
         joined &= part.subject[:-1] == part.subject[1:]
     edges = [0, *(np.flatnonzero(~joined) + 1).tolist(), len(part.y)]
-    return [slice(begin, end) for begin, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(begin, end) for begin, end in pairwise(edges)]
 
 
 def _recordings(source: Source, progress: Progress) -> Iterator[Recording]:
@@ -118,8 +119,7 @@ def _counts(source: Source, progress: Progress) -> Counts:
     for name, part in parts.items():
         counts[f"{name}_windows"] = len(part.y)
         counts[f"{name}_classes"] = {str(k): int(n) for k, n in enumerate(np.bincount(part.y)) if k}
-        known = part.subject is not None
-        counts[f"{name}_users"] = len(np.unique(part.subject)) if known else 0
+        counts[f"{name}_users"] = 0 if part.subject is None else len(np.unique(part.subject))
         if (True, name, "y") in tables and (True, name, "subject") in tables:
             counts[f"official_{name}_labels"] = len(tables[True, name, "y"])
             counts[f"official_{name}_users"] = len(np.unique(tables[True, name, "subject"]))
@@ -148,7 +148,9 @@ UCI_HAR: Final = Dataset(
         _recordings,
         _counts,
     ),
-    domain_groups=tuple(tuple(f"{user:02d}" for user in range(first, first + 6)) for first in range(1, 31, 6)),
+    domain_groups=tuple(
+        tuple(f"{user:02d}" for user in range(first, first + 6)) for first in range(1, 31, 6)
+    ),
     download=Download(
         "https://archive.ics.uci.edu/static/public/240/human+activity+recognition+using+smartphones.zip",
         "human+activity+recognition+using+smartphones.zip",

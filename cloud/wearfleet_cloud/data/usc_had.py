@@ -56,12 +56,16 @@ def _trial(match: re.Match[str], content: bytes) -> _Trial:
     name = match.group(0).lstrip("/")
     activity = int(match["activity"])
     if not 1 <= activity <= len(USC_HAD12):
-        raise DataError(f"{name}: expected an activity from 1 to {len(USC_HAD12)} in the file name, got {activity}")
+        raise DataError(
+            f"{name}: expected an activity from 1 to {len(USC_HAD12)} in the file name, got {activity}"
+        )
     try:
         fields: dict[str, Any] = scipy.io.loadmat(io.BytesIO(content))
         samples = np.asarray(fields["sensor_readings"], np.float32)
     except Exception as error:  # scipy raises a dozen types for damaged files
-        raise DataError(f"{name}: not a readable MATLAB file with sensor_readings ({error}); fetch it again") from error
+        raise DataError(
+            f"{name}: not a readable MATLAB file with sensor_readings ({error}); fetch it again"
+        ) from error
     if samples.ndim != 2 or samples.shape[1] != 6 or len(samples) == 0 or not np.isfinite(samples).all():
         raise DataError(f"{name}: expected finite sensor_readings of N x 6, got shape {samples.shape}")
     stated = fields.get("activity_number", fields.get("activity_numbr", [""]))

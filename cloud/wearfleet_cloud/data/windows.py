@@ -42,7 +42,15 @@ class WindowSet:
     start: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        origins = (self.activity, self.subject, self.position, self.device, self.session, self.recording, self.start)
+        origins = (
+            self.activity,
+            self.subject,
+            self.position,
+            self.device,
+            self.session,
+            self.recording,
+            self.start,
+        )
         if self.x.ndim != 3 or any(column.shape != self.x.shape[:1] for column in origins):
             raise ShapeError(
                 f"expected x (N, C, T) and seven columns (N,), got {self.x.shape} and {[c.shape for c in origins]}"

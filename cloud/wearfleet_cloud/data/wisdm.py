@@ -44,7 +44,9 @@ def _streams(source: Source, progress: Progress) -> dict[_Key, NDArray[np.float6
         for match, text in members(source, _FILES, progress)
     }
     if not found:
-        raise DataError(f"{source.path}: expected raw/phone|watch/accel|gyro/data_<id>_<sensor>_<device>.txt, got none")
+        raise DataError(
+            f"{source.path}: expected raw/phone|watch/accel|gyro/data_<id>_<sensor>_<device>.txt, got none"
+        )
     return found
 
 
@@ -61,9 +63,13 @@ def _parse(match: re.Match[str], text: bytes) -> NDArray[np.float64]:
     rows = parse_table(raw.tobytes(), 6, name)
     classes = np.full(256, -1, np.int64)
     classes[[ord(letter) for letter in _LETTERS]] = np.arange(len(_LETTERS))
-    if len(letters) != len(rows) or (rows[:, 0] != float(match["subject"])).any() or (classes[letters] < 0).any():
+    if (
+        len(letters) != len(rows)
+        or (rows[:, 0] != float(match["subject"])).any()
+        or (classes[letters] < 0).any()
+    ):
         raise DataError(
-            f"{name}: expected lines `{match['subject']},<letter A to S without N>,<time>,x,y,z;`, got another id or letter"
+            f"{name}: expected lines `{match['subject']},<letter A-S, no N>,<time>,x,y,z;`, got another id or letter"
         )
     return np.column_stack((classes[letters], rows[:, 2] * 1e-9, rows[:, 3:]))
 
@@ -131,7 +137,9 @@ def _counts(source: Source, progress: Progress) -> Counts:
         "subjects": len({subject for subject, _, _ in streams}),
         "files_with_all_activities": sum(len(np.unique(s[:, 0])) == len(_LETTERS) for s in streams.values()),
         "rows": {
-            f"{device} {sensor}": sum(len(s) for (_, d, k), s in streams.items() if (d, k) == (device, sensor))
+            f"{device} {sensor}": sum(
+                len(s) for (_, d, k), s in streams.items() if (d, k) == (device, sensor)
+            )
             for device in ("phone", "watch")
             for sensor in ("accel", "gyro")
         },
