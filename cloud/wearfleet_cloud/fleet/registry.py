@@ -91,6 +91,10 @@ class Registry:
         """
         return ModelManifest.from_bytes(self._keys.verify(self._blobs.read(digest), MANIFEST_MEDIA_TYPE))
 
+    def document_size(self, published: PublishedModel) -> int:
+        """Bytes of the signed manifest of a version."""
+        return self._blobs.size(published.manifest_digest)
+
     def model(self, published: PublishedModel) -> bytes:
         """The ONNX bytes of a version, checked.
 
