@@ -238,20 +238,16 @@ class LiveState:
 
     def on_accuracy(self, device_id: str, before: float | None, after: float | None) -> None:
         """Note a device's accuracy on its held-out windows, before and after local training, in [0, 1]."""
-        row = self._row(device_id)
-        self._store(
-            replace(
-                row,
-                accuracy_before=row.accuracy_before if before is None else before,
-                accuracy_after=row.accuracy_after if after is None else after,
-            )
-        )
+        self._store(replace(self._row(device_id), accuracy_before=before, accuracy_after=after))
 
     def on_round(self, view: RoundView) -> None:
-        """Note the state of the federated run; accuracies of its participants go to their rows."""
-        for device_id, participant in view.participants.items():
-            if participant.accuracy_before is not None or participant.accuracy_after is not None:
-                self.on_accuracy(device_id, participant.accuracy_before, participant.accuracy_after)
+        """Note the state of the federated run.
+
+        A participant's accuracies go to its row once both are there, so that a row never pairs two rounds.
+        """
+        for device_id, who in view.participants.items():
+            if who.accuracy_before is not None and who.accuracy_after is not None:
+                self.on_accuracy(device_id, who.accuracy_before, who.accuracy_after)
         self.round = view
         self._round_version = self.version + 1
         self._bump()

@@ -196,12 +196,12 @@ def test_names_are_bounded(live: LiveState) -> None:
     assert len(live.device("d1").display_name) == 60
 
 
-def test_accuracies_of_a_round_reach_the_rows_and_survive_the_next_round(live: LiveState) -> None:
+def test_a_row_pairs_the_accuracies_of_one_round_until_the_next_pair_is_there(live: LiveState) -> None:
     say(live, 0)
     live.on_round(
         RoundView("r", "FedBN", 1, 5, "done", None, {"d1": Participant(Stage.SUBMITTED, 0.5, 0.75)})
     )
-    live.on_round(RoundView("r", "FedBN", 2, 5, "collecting", 7, {"d1": Participant(Stage.INVITED)}))
+    live.on_round(RoundView("r", "FedBN", 2, 5, "collecting", 7, {"d1": Participant(Stage.TRAINING, 0.25)}))
     row = live.device_json("d1")
     assert (row["accuracy_before"], row["accuracy_after"]) == (0.5, 0.75)
 

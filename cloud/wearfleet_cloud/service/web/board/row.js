@@ -30,7 +30,7 @@ export class Row {
     this.accuracy.classList.toggle("wf-known", device.accuracy_before !== null || device.accuracy_after !== null);
     this.#showGain(device);
     const lost = device.lost ? ` · ${device.lost} lost` : "";
-    setText(this.counts, `${percent(device.ood_rate)} unfamiliar${lost}`);
+    setText(this.counts, device.received ? `${percent(device.ood_rate)} unfamiliar${lost}` : "");
     this.canvas.setAttribute("aria-label", `Activities of ${device.name}: ${device.received} windows`);
     this.#glow(device);
     this.tick();
