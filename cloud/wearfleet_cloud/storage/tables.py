@@ -26,7 +26,6 @@ __all__ = [
     "devices",
     "enrolment_codes",
     "models",
-    "participants",
     "predictions",
     "releases",
     "revision",
@@ -135,25 +134,12 @@ rounds: Final = Table(
     Column("base_digest", String(80), ForeignKey("artifacts.digest"), nullable=False),
     Column("result_digest", String(80), ForeignKey("artifacts.digest")),
     Column("opened_ns", BigInteger, nullable=False),
-    Column("deadline_ns", BigInteger, nullable=False),
     Column("closed_ns", BigInteger),
     Column("bytes_down", BigInteger, nullable=False, default=0),
     Column("bytes_up", BigInteger, nullable=False, default=0),
     Column("snapshot", JSON, nullable=False),
 )
-"""``snapshot`` is the state machine's own value, as ``service/round_records.py`` writes it."""
-
-participants: Final = Table(
-    "participants",
-    METADATA,
-    Column("run_id", String(64), primary_key=True),
-    Column("round", Integer, primary_key=True, autoincrement=False),
-    Column("device_id", String(64), ForeignKey("devices.device_id"), primary_key=True),
-    Column("attempt_id", String(64), nullable=False, unique=True),
-    Column("stage", String(16), nullable=False),
-    Column("reason", String(500), nullable=False, default=""),
-    ForeignKeyConstraint(["run_id", "round"], ["rounds.run_id", "rounds.round"]),
-)
+"""``snapshot`` is the state machine's own value, as ``federated/round.py`` writes it."""
 
 submissions: Final = Table(
     "submissions",

@@ -185,7 +185,6 @@ def upgrade() -> None:
         sa.Column("base_digest", sa.String(length=80), nullable=False),
         sa.Column("result_digest", sa.String(length=80), nullable=True),
         sa.Column("opened_ns", sa.BigInteger(), nullable=False),
-        sa.Column("deadline_ns", sa.BigInteger(), nullable=False),
         sa.Column("closed_ns", sa.BigInteger(), nullable=True),
         sa.Column("bytes_down", sa.BigInteger(), nullable=False),
         sa.Column("bytes_up", sa.BigInteger(), nullable=False),
@@ -219,25 +218,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("stream_id", "sequence"),
     )
     op.create_index(op.f("ix_windows_received_ns"), "windows", ["received_ns"], unique=False)
-    op.create_table(
-        "participants",
-        sa.Column("run_id", sa.String(length=64), nullable=False),
-        sa.Column("round", sa.Integer(), autoincrement=False, nullable=False),
-        sa.Column("device_id", sa.String(length=64), nullable=False),
-        sa.Column("attempt_id", sa.String(length=64), nullable=False),
-        sa.Column("stage", sa.String(length=16), nullable=False),
-        sa.Column("reason", sa.String(length=500), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["device_id"],
-            ["devices.device_id"],
-        ),
-        sa.ForeignKeyConstraint(
-            ["run_id", "round"],
-            ["rounds.run_id", "rounds.round"],
-        ),
-        sa.PrimaryKeyConstraint("run_id", "round", "device_id"),
-        sa.UniqueConstraint("attempt_id"),
-    )
     op.create_table(
         "submissions",
         sa.Column("run_id", sa.String(length=64), nullable=False),
