@@ -110,7 +110,7 @@ class Outbox:
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA cache_size = -512")
             self._db.executescript(_SCHEMA)
-            self._depth, self._size_bytes = self._measure()
+            self._waiting, self._size_bytes = _measure(self._db)
         except sqlite3.DatabaseError as error:
             raise DataError(
                 f"{path}: not a usable outbox ({error}); move it away to start an empty one"
@@ -119,7 +119,7 @@ class Outbox:
     @property
     def depth(self) -> int:
         """Messages that wait, those under way included."""
-        return self._depth
+        return sum(self._waiting.values())
 
     def append(self, entries: Sequence[tuple[str, MakePayload]]) -> None:
         """Write messages in one transaction, then drop the oldest waiting ones while a limit is passed.
@@ -135,9 +135,9 @@ class Outbox:
                 sequence = self._db.execute(_NEXT_SEQUENCE, (self._boot, kind)).fetchone()[0]
                 payload = make(sequence)
                 self._db.execute(_INSERT, (kind, self._boot, sequence, self._clock_ns(), payload))
-                self._depth += 1
+                self._waiting[kind] = self._waiting.get(kind, 0) + 1
                 self._size_bytes += len(payload)
-            if self._depth > self._max_messages or self._size_bytes > self._max_bytes:
+            if self.depth > self._max_messages or self._size_bytes > self._max_bytes:
                 self._drop_oldest()
 
     def lease(self, limit: int) -> list[OutboxRow]:
@@ -183,12 +183,12 @@ class Outbox:
     def wait_below(self, depth: int, timeout_s: float) -> bool:
         """Wait until fewer than ``depth`` messages wait; True when so."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._depth < depth, timeout_s)
+            return self._changed.wait_for(lambda: self.depth < depth, timeout_s)
 
     def summary(self) -> OutboxSummary:
-        """Counts and sizes, read from the database."""
+        """Counts and sizes; cheap however much waits."""
         with self._changed:
-            return _summarise(self._db)
+            return _summarise(self._db, dict(self._waiting), self._size_bytes)
 
     def lost(self) -> int:
         """Messages dropped or discarded since the outbox was made."""
@@ -202,7 +202,7 @@ class Outbox:
             self._db.close()
 
     def _has_work(self) -> bool:
-        return self._depth > len(self._leased)
+        return self.depth > len(self._leased)
 
     def _settle(self, row_ids: Iterable[int], *, lost: bool) -> None:
         with self._transaction():
@@ -214,7 +214,7 @@ class Outbox:
         """Drop waiting rows, oldest first, until both limits hold; rows under way stay."""
         waiting = self._db.execute("SELECT id FROM messages ORDER BY id")
         doomed: list[int] = []
-        depth, size = self._depth, self._size_bytes
+        depth, size = self.depth, self._size_bytes
         while depth > self._max_messages or size > self._max_bytes:
             row = waiting.fetchone()
             if row is None:
@@ -238,27 +238,21 @@ class Outbox:
         ).fetchone()
         if row is None:
             return
-        self._depth -= 1
+        self._waiting[row[0]] -= 1
         self._size_bytes -= row[1]
         if lost:
             self._db.execute(_LOST, (row[0],))
 
-    def _measure(self) -> tuple[int, int]:
-        depth, size = self._db.execute(
-            "SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM messages"
-        ).fetchone()
-        return int(depth), int(size)
-
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._changed:
-            before = self._depth, self._size_bytes
+            before = dict(self._waiting), self._size_bytes
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 yield
                 self._db.execute("COMMIT")
             except BaseException as error:
-                self._depth, self._size_bytes = before
+                self._waiting, self._size_bytes = before
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
@@ -283,29 +277,26 @@ def inspect_outbox(path: Path) -> OutboxSummary:
             f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=10.0
         )
         try:
-            return _summarise(db)
+            db.execute("BEGIN")  # one snapshot for all questions
+            return _summarise(db, *_measure(db))
         finally:
             db.close()
     except sqlite3.DatabaseError as error:
         raise DataError(f"{path}: not a readable outbox ({error})") from error
 
 
-def _summarise(db: sqlite3.Connection) -> OutboxSummary:
-    db.execute("BEGIN")  # one snapshot for all four questions
-    try:
-        return _count(db)
-    finally:
-        db.execute("COMMIT")
+def _measure(db: sqlite3.Connection) -> tuple[dict[str, int], int]:
+    """Waiting messages a kind, and their payload bytes."""
+    rows = db.execute("SELECT kind, COUNT(*), SUM(LENGTH(payload)) FROM messages GROUP BY kind").fetchall()
+    return {kind: count for kind, count, _ in rows}, sum(size for _, _, size in rows)
 
 
-def _count(db: sqlite3.Connection) -> OutboxSummary:
-    size, oldest = db.execute(
-        "SELECT COALESCE(SUM(LENGTH(payload)), 0), COALESCE(MIN(created_ns), 0) FROM messages"
-    ).fetchone()
+def _summarise(db: sqlite3.Connection, waiting: dict[str, int], size_bytes: int) -> OutboxSummary:
+    oldest = db.execute("SELECT created_ns FROM messages ORDER BY id LIMIT 1").fetchone()
     return OutboxSummary(
-        size_bytes=size,
-        oldest_ns=oldest,
+        size_bytes=size_bytes,
+        oldest_ns=oldest[0] if oldest else 0,
         appended=dict(db.execute("SELECT kind, SUM(next) FROM sequences GROUP BY kind").fetchall()),
-        waiting=dict(db.execute("SELECT kind, COUNT(*) FROM messages GROUP BY kind").fetchall()),
+        waiting=waiting,
         lost=dict(db.execute("SELECT kind, lost FROM losses").fetchall()),
     )

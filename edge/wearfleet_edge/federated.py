@@ -1,0 +1,308 @@
+"""Take part in federated rounds: ask, fetch, verify, run the plan, hand in, and keep what stays here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from wearfleet_protos.errors import (
+    ConflictError,
+    DeniedError,
+    IntegrityError,
+    NotFoundError,
+    ProtocolError,
+    TransportError,
+    WearfleetError,
+)
+from wearfleet_protos.plan import PLAN_MEDIA_TYPE, InputContract, Plan
+from wearfleet_protos.signing import MAX_SIGNED_BYTES, verify
+from wearfleet_protos.tensors import check_finite, decode_tensors, digest_of, encode_tensors
+
+from wearfleet_edge.local_state import LocalState, PendingResult, PersonalOrigin, encode_personal
+from wearfleet_edge.memory import release_free_memory
+from wearfleet_edge.runtime import Evaluation, Personal, Recogniser
+from wearfleet_edge.trainer import (
+    Limits,
+    PlanResult,
+    Tensors,
+    TrainingData,
+    personal_tensors,
+    run_plan,
+    start_state,
+    upload_tensors,
+)
+from wearfleet_edge.transport.backoff import Backoff, with_retries
+from wearfleet_edge.transport.cloud import ReceiptStatus, Stage, Submission, Task
+
+if TYPE_CHECKING:
+    from wearfleet_edge.artifacts import ArtifactStore
+    from wearfleet_edge.models import ActiveModel
+    from wearfleet_edge.slots import InstalledModel
+    from wearfleet_edge.transport.cloud import Cloud
+
+__all__ = ["Device", "FederatedWorker", "Progress"]
+
+_LOG = logging.getLogger(__name__)
+
+_ATTEMPTS: Final = 5
+_AFTER_REFUSAL_SECONDS: Final = 2.0
+_OOD_QUANTILE: Final = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What of the device a federated task may use.
+
+    Args:
+        keys: trusted raw public keys by key id.
+        data: labelled windows for a contract.
+        base: evaluation of the model as released on the later windows.
+        limits: computation limits, given the seconds that a task has left.
+        max_bytes: most bytes of one task on the wire.
+        poll_seconds: how long to wait for a task at the server.
+        wait: waits the given seconds and tells whether the agent stops.
+    """
+
+    keys: Mapping[str, bytes]
+    data: Callable[[InputContract], TrainingData]
+    base: Callable[[], Evaluation]
+    limits: Callable[[float], Limits]
+    max_bytes: float
+    poll_seconds: float
+    wait: Callable[[float], bool]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts since the agent's start, for its status."""
+
+    rounds: int = 0
+    declined: int = 0
+    bytes_up: int = 0
+    train_seconds: float = 0.0
+    last_round: int = 0
+    last_error: str = ""
+
+
+class FederatedWorker:
+    """Does one task after the other.
+
+    Args:
+        cloud: the service.
+        artifacts: plans, graphs and tensors.
+        local: what stays on the device.
+        active: the model in use.
+        device: data and limits.
+        backoff: delays between tries.
+    """
+
+    def __init__(
+        self,
+        *,
+        cloud: Cloud,
+        artifacts: ArtifactStore,
+        local: LocalState,
+        active: ActiveModel,
+        device: Device,
+        backoff: Backoff,
+    ) -> None:
+        self._cloud = cloud
+        self._artifacts = artifacts
+        self._local = local
+        self._active = active
+        self._device = device
+        self._backoff = backoff
+        self._refused_attempt = ""
+        self.progress = Progress()
+
+    def step(self) -> float:
+        """Hand in what is pending, or wait for a task and do it.
+
+        Returns:
+            Seconds to wait before the next step.
+
+        Raises:
+            TransportError: the network failed; a computed result is kept and handed in by the next step.
+        """
+        pending = self._local.pending()
+        if pending is not None:
+            self._deliver(pending)
+            return 0.0
+        installed = self._active.installed
+        if installed is None:
+            return _AFTER_REFUSAL_SECONDS
+        reply = self._cloud.poll_task(self._device.poll_seconds, installed.manifest_digest)
+        if reply.task is None:
+            return reply.retry_after_s
+        if reply.task.attempt_id == self._refused_attempt:
+            return max(reply.retry_after_s, _AFTER_REFUSAL_SECONDS)
+        self._work(reply.task, installed)
+        return 0.0
+
+    def _work(self, task: Task, installed: InstalledModel) -> None:
+        try:
+            result = self._compute(task, installed)
+        except TransportError:
+            raise
+        except WearfleetError as error:
+            if self._device.wait(0.0):
+                return  # the agent is stopping; the task waits at the server
+            self._refused_attempt = task.attempt_id
+            self.progress.declined += 1
+            self.progress.last_error = f"{type(error).__name__}: {error}"
+            _LOG.warning("declined round %d of %s: %s", task.round_number, task.run_id, error)
+            self._cloud.decline(task, self.progress.last_error)
+            return
+        finally:
+            release_free_memory()
+        if result is not None:
+            self._local.save(result)
+            self._deliver(result)
+
+    def _compute(self, task: Task, installed: InstalledModel) -> PendingResult | None:
+        """Fetch, check and run a task; None when the round ended meanwhile."""
+        plan = self._fetch_plan(task)
+        _require_match(plan, installed)
+        graphs = {p.graph: self._artifacts.fetch(p.graph, p.graph_bytes) for p in plan.phases}
+        downloaded = decode_tensors(
+            self._artifacts.fetch(task.tensors_digest, task.tensors_bytes), plan.download_specs()
+        )
+        check_finite(downloaded)
+        self._artifacts.keep_only({task.plan_digest, *graphs})
+        local, was_reset = self._local.local_tensors(task.run_id, plan.local_specs())
+        if not self._cloud.report_stage(task, Stage.FETCHED):
+            return None
+        before = start_state(plan, downloaded, local)
+        self._cloud.report_stage(task, Stage.TRAINING)
+        result = run_plan(
+            plan,
+            graphs,
+            before,
+            self._device.data(plan.contract),
+            round_number=task.round_number,
+            limits=self._device.limits(task.remaining_seconds),
+        )
+        self.progress.train_seconds += result.seconds
+        return self._result(task, plan, before, result, was_reset=was_reset, installed=installed)
+
+    def _fetch_plan(self, task: Task) -> Plan:
+        if task.plan_bytes > MAX_SIGNED_BYTES:
+            raise IntegrityError(
+                f"the plan has {task.plan_bytes} bytes, at most {MAX_SIGNED_BYTES} are accepted"
+            )
+        signed = self._artifacts.fetch(task.plan_digest, task.plan_bytes)
+        plan = Plan.from_bytes(verify(signed, self._device.keys, PLAN_MEDIA_TYPE))
+        graphs = {p.graph: p.graph_bytes for p in plan.phases if not self._artifacts.has(p.graph)}
+        uploaded = 0 if task.personalise else sum(spec.size_bytes for spec in plan.upload_specs())
+        total = task.tensors_bytes + sum(graphs.values()) + uploaded
+        allowed = min(plan.budget.max_bytes, self._device.max_bytes)
+        if total > allowed:
+            raise DeniedError(f"the task moves {total} bytes, at most {allowed:.0f} are allowed")
+        return plan
+
+    def _result(
+        self,
+        task: Task,
+        plan: Plan,
+        before: Tensors,
+        result: PlanResult,
+        *,
+        was_reset: bool,
+        installed: InstalledModel,
+    ) -> PendingResult:
+        base = self._device.base()
+        metrics = {"base/correct": float(base.correct), "base/count": float(base.count), **result.metrics}
+        update = local = personal = b""
+        if task.personalise:
+            personal, own = self._personalise(task, plan, result, installed)
+            metrics |= {"personal/correct": float(own.correct), "personal/count": float(own.count)}
+        else:
+            update = encode_tensors(upload_tensors(plan, before, result.state))
+            names = [spec.name for spec in plan.local_specs()]
+            local = encode_tensors({name: result.state[name] for name in names}) if names else b""
+        submission = Submission(
+            run_id=task.run_id,
+            round_number=task.round_number,
+            attempt_id=task.attempt_id,
+            update_digest=digest_of(update) if update else "",
+            base_digest=task.tensors_digest,
+            num_examples=result.num_examples,
+            num_steps=result.num_steps,
+            metrics=metrics,
+            train_seconds=result.seconds,
+            local_state_reset=was_reset,
+        )
+        return PendingResult(submission, update, local, personal)
+
+    def _personalise(
+        self, task: Task, plan: Plan, result: PlanResult, installed: InstalledModel
+    ) -> tuple[bytes, Evaluation]:
+        """Lay the trained tensors over the model, set the wearer's own threshold, and measure."""
+        data = self._device.data(plan.contract)
+        tensors = personal_tensors(plan, result.state)
+        trial = Recogniser(installed.model, installed.manifest, Personal(tensors, float("inf")))
+        scores = trial.ood_scores(data.train.x)
+        personal = Personal(tensors, float(np.quantile(scores, _OOD_QUANTILE)))
+        origin = PersonalOrigin(installed.manifest_digest, task.run_id, task.round_number)
+        return encode_personal(personal, origin), trial.evaluate(data.holdout)
+
+    def _deliver(self, result: PendingResult) -> None:
+        """Hand in a result; keep it when the network fails, promote or forget it by the receipt."""
+        submission = result.submission
+        try:
+            if result.update:
+                self._upload(result)
+            receipt = self._cloud.submit(submission)
+        except (ConflictError, DeniedError, NotFoundError, ProtocolError) as error:
+            self._forget(submission, str(error))
+            return
+        if receipt.status in (ReceiptStatus.STALE, ReceiptStatus.REJECTED):
+            self._forget(submission, f"{receipt.status.value}: {receipt.reason}")
+            return
+        self._local.promote(result)
+        self.progress.rounds += 1
+        self.progress.last_round = submission.round_number
+        self.progress.last_error = ""
+        _LOG.info("round %d of %s is counted", submission.round_number, submission.run_id)
+        if result.personal:
+            self._use_personal()
+
+    def _upload(self, result: PendingResult) -> None:
+        digest = digest_of(result.update)
+        with_retries(
+            lambda: self._cloud.upload(digest, result.update),
+            attempts=_ATTEMPTS,
+            backoff=self._backoff,
+            wait=self._device.wait,
+        )
+        self.progress.bytes_up += len(result.update)
+
+    def _forget(self, submission: Submission, reason: str) -> None:
+        self._refused_attempt = submission.attempt_id
+        self.progress.last_error = reason
+        _LOG.warning("round %d of %s does not count: %s", submission.round_number, submission.run_id, reason)
+        self._local.discard()
+
+    def _use_personal(self) -> None:
+        installed = self._active.installed
+        personal = self._local.personal(installed.manifest_digest) if installed else None
+        if installed is not None and personal is not None:
+            self._active.use(installed, personal)
+
+
+def _require_match(plan: Plan, installed: InstalledModel) -> None:
+    """The plan must be for this model and for windows as this model sees them.
+
+    Raises:
+        IntegrityError: says what differs.
+    """
+    manifest = installed.manifest
+    if plan.model_schema_hash != manifest.schema_hash:
+        raise IntegrityError(
+            f"the plan is for a model with schema {plan.model_schema_hash}, in use is {manifest.schema_hash}"
+        )
+    if plan.contract != manifest.contract:
+        raise IntegrityError("the plan expects other channels, rate, windows or labels than the model in use")

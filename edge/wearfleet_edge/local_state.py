@@ -1,0 +1,152 @@
+"""What federated learning keeps on the device: local tensors of a run, and the result that waits for its receipt.
+
+A result is written to ``pending`` and becomes the device's state only when the server has counted it; so a round
+that the server never counted leaves no trace, whenever the power fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from wearfleet_protos.errors import DataError, WearfleetError
+from wearfleet_protos.tensors import decode_tensors, encode_tensors, tensor_metadata
+
+from wearfleet_edge.runtime import Personal
+from wearfleet_edge.state import atomic_write, read_json, sync_directory, write_json
+from wearfleet_edge.transport.cloud import Submission
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from wearfleet_protos.tensors import TensorSpec
+
+    from wearfleet_edge.state import StateDirectory
+    from wearfleet_edge.trainer import Tensors
+
+__all__ = ["LocalState", "PendingResult", "PersonalOrigin", "encode_personal"]
+
+_KEPT_RUNS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PersonalOrigin:
+    """Where personal tensors come from: the release they fit, and the round that made them."""
+
+    manifest_digest: str
+    run_id: str
+    round_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class PendingResult:
+    """A computed result: what to submit, the update's bytes (empty when none), and what to keep once it counts."""
+
+    submission: Submission
+    update: bytes
+    local: bytes
+    personal: bytes
+
+
+class LocalState:
+    """Files below ``federated`` and the personal tensors.
+
+    Args:
+        state: the agent's directory.
+    """
+
+    def __init__(self, state: StateDirectory) -> None:
+        self._personal = state.personal
+        self._pending = state.federated / "pending"
+        self._runs = state.federated / "runs"
+        self._pending.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._runs.mkdir(mode=0o700, exist_ok=True)
+
+    def local_tensors(self, run_id: str, specs: Iterable[TensorSpec]) -> tuple[Tensors, bool]:
+        """Tensors kept from the last counted round of a run.
+
+        Returns:
+            The tensors, empty when there are none; and whether some were lost because their file is damaged.
+        """
+        path = self._run_file(run_id)
+        if not path.exists():
+            return {}, False
+        try:
+            return decode_tensors(path.read_bytes(), specs), False
+        except WearfleetError:
+            return {}, True
+
+    def save(self, result: PendingResult) -> None:
+        """Keep a result until its receipt; the submission is written last, so it is whole or not there."""
+        self.discard()
+        for name, data in (("update", result.update), ("local", result.local), ("personal", result.personal)):
+            if data:
+                atomic_write(self._pending / name, data)
+        write_json(self._pending / "submission.json", asdict(result.submission))
+
+    def pending(self) -> PendingResult | None:
+        """The result that waits for its receipt, if there is one."""
+        path = self._pending / "submission.json"
+        if not path.exists():
+            return None
+        try:
+            submission = Submission(**read_json(path))
+        except TypeError as error:
+            raise DataError(f"{path}: damaged ({error}); delete the folder {self._pending}") from error
+        return PendingResult(submission, *(self._read(name) for name in ("update", "local", "personal")))
+
+    def promote(self, result: PendingResult) -> None:
+        """The server has counted the result: what it made is the device's state now. Safe to repeat."""
+        if result.local:
+            atomic_write(self._run_file(result.submission.run_id), result.local)
+            self._forget_old_runs()
+        if result.personal:
+            atomic_write(self._personal, result.personal, mode=0o600)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the pending result; the submission goes first."""
+        (self._pending / "submission.json").unlink(missing_ok=True)
+        sync_directory(self._pending)
+        shutil.rmtree(self._pending)
+        self._pending.mkdir(mode=0o700)
+
+    def personal(self, manifest_digest: str) -> Personal | None:
+        """Personal tensors for a release, None when there are none for it.
+
+        Raises:
+            IntegrityError: the file is damaged.
+        """
+        if not self._personal.exists():
+            return None
+        data = self._personal.read_bytes()
+        metadata = tensor_metadata(data)
+        if metadata.get("manifest_digest") != manifest_digest:
+            return None
+        return Personal(decode_tensors(data), float(metadata["ood_threshold"]))
+
+    def _read(self, name: str) -> bytes:
+        path = self._pending / name
+        return path.read_bytes() if path.exists() else b""
+
+    def _run_file(self, run_id: str) -> Path:
+        return self._runs / hashlib.sha256(run_id.encode()).hexdigest()[:32]
+
+    def _forget_old_runs(self) -> None:
+        files = sorted(self._runs.iterdir(), key=lambda path: path.stat().st_mtime)
+        for path in files[:-_KEPT_RUNS]:
+            path.unlink()
+
+
+def encode_personal(personal: Personal, origin: PersonalOrigin) -> bytes:
+    """Bytes of personal tensors with where they come from."""
+    metadata = {
+        "manifest_digest": origin.manifest_digest,
+        "run_id": origin.run_id,
+        "round": str(origin.round_number),
+        "ood_threshold": repr(personal.ood_threshold),
+    }
+    return encode_tensors(personal.tensors, metadata)

@@ -1,0 +1,162 @@
+"""What the agent asks of the cloud, as an interface: the real one is gRPC, tests have one in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wearfleet_protos.tensors import Digest
+
+    from wearfleet_edge.identity import Enrolment
+
+__all__ = [
+    "Cloud",
+    "Desired",
+    "Enrolled",
+    "HeartbeatReply",
+    "PollReply",
+    "Receipt",
+    "ReceiptStatus",
+    "Reported",
+    "Stage",
+    "Submission",
+    "Task",
+]
+
+
+class Stage(Enum):
+    """How far a task is."""
+
+    FETCHED = "fetched"
+    TRAINING = "training"
+    UPLOADING = "uploading"
+
+
+class ReceiptStatus(Enum):
+    """What became of a submission."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    STALE = "stale"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Work of one federated round; ``personalise`` keeps the result on the device."""
+
+    run_id: str
+    round_number: int
+    attempt_id: str
+    personalise: bool
+    plan_digest: Digest
+    plan_bytes: int
+    tensors_digest: Digest
+    tensors_bytes: int
+    remaining_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PollReply:
+    """A task, or None and when to ask again."""
+
+    task: Task | None
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """Result of a task; ``update_digest`` is empty when no tensors go back."""
+
+    run_id: str
+    round_number: int
+    attempt_id: str
+    update_digest: str
+    base_digest: str
+    num_examples: int
+    num_steps: int
+    metrics: dict[str, float]
+    train_seconds: float
+    local_state_reset: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The server's answer to a submission."""
+
+    status: ReceiptStatus
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What this device runs; ``manifest_digest`` is of the signed manifest, empty when there is none."""
+
+    agent_version: str
+    manifest_digest: str
+    model_version: int
+    personalised: bool
+    refusal: str
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What this device should run; an empty digest wants nothing."""
+
+    manifest_digest: str
+    manifest_bytes: int
+    model_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatReply:
+    """The wanted state, the server's time, and when to report again."""
+
+    desired: Desired
+    server_unix_ns: int
+    next_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """Answer to an enrolment: who this device is now, and its certificate chain, PEM."""
+
+    enrolment: Enrolment
+    chain_pem: bytes
+
+
+class Cloud(Protocol):
+    """The service's calls.
+
+    Every call raises :class:`TransportError` when the network or the service fails (``retryable`` tells whether
+    to try again), :class:`DeniedError`, :class:`NotFoundError`, :class:`ConflictError` or :class:`ProtocolError`
+    when the service refuses.
+    """
+
+    def heartbeat(self, reported: Reported) -> HeartbeatReply:
+        """Report what runs, learn what should."""
+
+    def poll_task(self, wait_s: float, manifest_digest: str) -> PollReply:
+        """Wait for work."""
+
+    def report_stage(self, task: Task, stage: Stage) -> bool:
+        """Tell how far a task is; False when the round is over."""
+
+    def submit(self, submission: Submission) -> Receipt:
+        """Hand in a result; safe to repeat."""
+
+    def decline(self, task: Task, reason: str) -> None:
+        """Turn a task down."""
+
+    def download(self, digest: Digest, partial: Path, max_bytes: int) -> None:
+        """Append to ``partial`` what it lacks of an artifact; at most ``max_bytes`` in all."""
+
+    def upload(self, digest: Digest, data: bytes) -> None:
+        """Store an artifact, from where an earlier upload stopped."""
+
+    def renew_certificate(self, csr_der: bytes) -> bytes:
+        """A fresh certificate chain, PEM."""

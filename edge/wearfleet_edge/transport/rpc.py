@@ -1,0 +1,375 @@
+"""The cloud over gRPC with mutual TLS: a synchronous client, deadlines on every call, typed errors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import grpc
+from wearfleet_protos.chunks import CHUNK_BYTES, crc32c
+from wearfleet_protos.errors import (
+    ConflictError,
+    DeniedError,
+    IntegrityError,
+    NotFoundError,
+    ProtocolError,
+    TransportError,
+    WearfleetError,
+)
+from wearfleet_protos.tensors import Digest, parse_digest
+from wearfleet_protos.v1 import (
+    artifact_pb2,
+    artifact_pb2_grpc,
+    enrolment_pb2,
+    enrolment_pb2_grpc,
+    federation_pb2,
+    federation_pb2_grpc,
+    fleet_pb2,
+    fleet_pb2_grpc,
+)
+
+from wearfleet_edge.identity import Broker, Enrolment
+from wearfleet_edge.transport.cloud import (
+    Desired,
+    Enrolled,
+    HeartbeatReply,
+    PollReply,
+    Receipt,
+    ReceiptStatus,
+    Reported,
+    Stage,
+    Submission,
+    Task,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wearfleet_edge.state import StateDirectory
+
+__all__ = ["RpcCloud", "enrol", "translate_error"]
+
+T = TypeVar("T")
+
+_CALL_SECONDS: Final = 15.0
+_TRANSFER_GRACE_SECONDS: Final = 30.0
+_SLOWEST_BYTES_PER_SECOND: Final = 32 * 1024
+_RETRY_POLICY: Final = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [
+                    {"service": "wearfleet.v1.FleetService"},
+                    {"service": "wearfleet.v1.FederationService"},
+                    {"service": "wearfleet.v1.ArtifactService", "method": "StatArtifact"},
+                ],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.2s",
+                    "maxBackoff": "5s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ],
+        "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+    }
+)
+_OPTIONS: Final[list[tuple[str, Any]]] = [
+    ("grpc.keepalive_time_ms", 150_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.service_config", _RETRY_POLICY),
+    ("grpc.enable_retries", 1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+_STAGES: Final = {
+    Stage.FETCHED: federation_pb2.TASK_STAGE_FETCHED,
+    Stage.TRAINING: federation_pb2.TASK_STAGE_TRAINING,
+    Stage.UPLOADING: federation_pb2.TASK_STAGE_UPLOADING,
+}
+_RECEIPTS: Final = {
+    federation_pb2.RECEIPT_STATUS_ACCEPTED: ReceiptStatus.ACCEPTED,
+    federation_pb2.RECEIPT_STATUS_DUPLICATE: ReceiptStatus.DUPLICATE,
+    federation_pb2.RECEIPT_STATUS_STALE: ReceiptStatus.STALE,
+    federation_pb2.RECEIPT_STATUS_REJECTED: ReceiptStatus.REJECTED,
+}
+
+
+class RpcCloud:
+    """All calls but enrolment, authenticated by the device's certificate; safe to use from several threads.
+
+    Args:
+        address: ``host:port``.
+        credentials: reads the device's identity; called again by :meth:`reopen`.
+    """
+
+    def __init__(self, address: str, credentials: Callable[[], grpc.ChannelCredentials]) -> None:
+        self._address = address
+        self._credentials = credentials
+        self._open()
+
+    @classmethod
+    def of_device(cls, state: StateDirectory, enrolment: Enrolment) -> RpcCloud:
+        """The cloud that a device enrolled with, by the files of its identity."""
+        return cls(
+            enrolment.cloud_address,
+            lambda: grpc.ssl_channel_credentials(
+                state.authority.read_bytes(), state.key.read_bytes(), state.certificate.read_bytes()
+            ),
+        )
+
+    def _open(self) -> None:
+        self._channel = grpc.secure_channel(self._address, self._credentials(), options=_OPTIONS)
+        self._fleet = fleet_pb2_grpc.FleetServiceStub(self._channel)
+        self._federation = federation_pb2_grpc.FederationServiceStub(self._channel)
+        self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(self._channel)
+        self._enrolment = enrolment_pb2_grpc.EnrolmentServiceStub(self._channel)
+
+    def reopen(self) -> None:
+        """Use a renewed certificate from now on; calls under way fail as retryable."""
+        old = self._channel
+        self._open()
+        old.close()
+
+    def close(self) -> None:
+        """End the connection; running calls are cancelled."""
+        self._channel.close()
+
+    def heartbeat(self, reported: Reported) -> HeartbeatReply:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+        request = fleet_pb2.HeartbeatRequest(
+            reported=fleet_pb2.ReportedState(
+                agent_version=reported.agent_version,
+                manifest_digest=reported.manifest_digest,
+                model_version=reported.model_version,
+                personalised=reported.personalised,
+                refusal=reported.refusal,
+            )
+        )
+        reply = self._call("heartbeat", lambda: self._fleet.Heartbeat(request, timeout=_CALL_SECONDS))
+        desired = reply.desired
+        return HeartbeatReply(
+            Desired(desired.manifest_digest, desired.manifest_bytes, desired.model_version),
+            reply.server_unix_ns,
+            reply.next_after_seconds,
+        )
+
+    def poll_task(self, wait_s: float, manifest_digest: str) -> PollReply:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+        request = federation_pb2.PollTaskRequest(wait_seconds=wait_s, manifest_digest=manifest_digest)
+        timeout = wait_s + _CALL_SECONDS
+        reply = self._call("poll for a task", lambda: self._federation.PollTask(request, timeout=timeout))
+        task = _task_from_pb(reply.task) if reply.HasField("task") else None
+        return PollReply(task, reply.retry_after_seconds)
+
+    def report_stage(self, task: Task, stage: Stage) -> bool:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+        request = federation_pb2.ReportStageRequest(
+            run_id=task.run_id, round=task.round_number, attempt_id=task.attempt_id, stage=_STAGES[stage]
+        )
+        reply = self._call(
+            "report a stage", lambda: self._federation.ReportStage(request, timeout=_CALL_SECONDS)
+        )
+        return bool(reply.wanted)
+
+    def submit(self, submission: Submission) -> Receipt:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+        request = federation_pb2.SubmitUpdateRequest(
+            run_id=submission.run_id,
+            round=submission.round_number,
+            attempt_id=submission.attempt_id,
+            update_digest=submission.update_digest,
+            base_digest=submission.base_digest,
+            num_examples=submission.num_examples,
+            num_steps=submission.num_steps,
+            metrics=submission.metrics,
+            train_seconds=submission.train_seconds,
+            local_state_reset=submission.local_state_reset,
+        )
+        reply = self._call(
+            "submit an update", lambda: self._federation.SubmitUpdate(request, timeout=_CALL_SECONDS)
+        )
+        status = _RECEIPTS.get(reply.status)
+        if status is None:
+            raise ProtocolError(f"unknown receipt status {reply.status}; update the agent")
+        return Receipt(status, reply.reason)
+
+    def decline(self, task: Task, reason: str) -> None:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+        request = federation_pb2.DeclineTaskRequest(
+            run_id=task.run_id, round=task.round_number, attempt_id=task.attempt_id, reason=reason[:500]
+        )
+        self._call("decline a task", lambda: self._federation.DeclineTask(request, timeout=_CALL_SECONDS))
+
+    def download(self, digest: Digest, partial: Path, max_bytes: int) -> None:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+        with partial.open("ab") as file:
+            offset = file.tell()
+            request = artifact_pb2.DownloadArtifactRequest(digest=digest, offset=offset)
+            timeout = _transfer_seconds(max_bytes - offset)
+
+            def receive() -> None:
+                at = offset
+                for message in self._artifacts.DownloadArtifact(request, timeout=timeout):
+                    at = _write_chunk(file.write, message.chunk, at, max_bytes)
+                file.flush()
+                os.fsync(file.fileno())
+
+            self._call(f"download {digest}", receive)
+
+    def upload(self, digest: Digest, data: bytes) -> None:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+        stat = artifact_pb2.StatArtifactRequest(digest=digest)
+        found = self._call(
+            "ask for an upload", lambda: self._artifacts.StatArtifact(stat, timeout=_CALL_SECONDS)
+        )
+        if found.complete:
+            return
+        if found.committed_offset > len(data):
+            raise ProtocolError(
+                f"the service holds {found.committed_offset} of {len(data)} bytes of {digest}"
+            )
+        messages = _upload_messages(digest, data, found.committed_offset)
+        timeout = _transfer_seconds(len(data))
+        reply = self._call(
+            f"upload {digest}", lambda: self._artifacts.UploadArtifact(messages, timeout=timeout)
+        )
+        if not reply.complete:
+            raise TransportError(
+                f"the upload of {digest} stopped at {reply.committed_offset} of {len(data)} bytes"
+            )
+
+    def renew_certificate(self, csr_der: bytes) -> bytes:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+        request = enrolment_pb2.RenewCertificateRequest(csr_der=csr_der)
+        reply = self._call(
+            "renew the certificate", lambda: self._enrolment.RenewCertificate(request, timeout=_CALL_SECONDS)
+        )
+        return bytes(reply.certificate_chain_pem)
+
+    def _call(self, what: str, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            raise translate_error(error, what, self._address) from error
+        except ValueError as error:  # grpc's way to say that the channel was closed
+            raise TransportError(f"{what}: the connection to {self._address} was closed ({error})") from error
+
+
+def enrol(address: str, *, authority_pem: bytes, code: str, csr_der: bytes, agent_version: str) -> Enrolled:
+    """Exchange a one-time code for a certificate.
+
+    Args:
+        address: of the enrolment service, ``host:port``.
+        authority_pem: from the ticket; the only authority that is trusted.
+        code: one-time secret.
+        csr_der: signing request.
+        agent_version: for the operator.
+
+    Raises:
+        DeniedError: the code is wrong, used or expired.
+        TransportError: the service cannot be reached.
+    """
+    request = enrolment_pb2.EnrolRequest(code=code, csr_der=csr_der, agent_version=agent_version)
+    credentials = grpc.ssl_channel_credentials(authority_pem)
+    with grpc.secure_channel(address, credentials, options=_OPTIONS) as channel:
+        try:
+            reply = enrolment_pb2_grpc.EnrolmentServiceStub(channel).Enrol(request, timeout=_CALL_SECONDS)
+        except grpc.RpcError as error:
+            raise translate_error(error, "enrol", address) from error
+    enrolment = Enrolment(
+        tenant=reply.tenant,
+        device_id=reply.device_id,
+        cloud_address=reply.cloud_address,
+        broker=Broker(reply.broker.host, reply.broker.port, reply.broker.tls),
+        signing_keys={key.key_id: key.public_key for key in reply.signing_keys},
+    )
+    return Enrolled(enrolment, reply.certificate_chain_pem)
+
+
+_REFUSALS: Final[dict[grpc.StatusCode, type[WearfleetError]]] = {
+    grpc.StatusCode.UNAUTHENTICATED: DeniedError,
+    grpc.StatusCode.PERMISSION_DENIED: DeniedError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.FAILED_PRECONDITION: ConflictError,
+    grpc.StatusCode.ALREADY_EXISTS: ConflictError,
+    grpc.StatusCode.INVALID_ARGUMENT: ProtocolError,
+    grpc.StatusCode.OUT_OF_RANGE: ProtocolError,
+    grpc.StatusCode.DATA_LOSS: IntegrityError,
+}
+
+
+def translate_error(error: grpc.RpcError, what: str, address: str) -> WearfleetError:
+    """Our error for a failed call.
+
+    Args:
+        error: from grpc.
+        what: what was tried.
+        address: of the service.
+    """
+    code, details = error.code(), error.details() or ""
+    if code in _REFUSALS:
+        return _REFUSALS[code](f"{what}: {details}")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolError(
+            f"{what}: the service at {address} does not offer this; it is older than this agent"
+        )
+    if code is grpc.StatusCode.UNAVAILABLE and "CERTIFICATE_VERIFY_FAILED" in details:
+        return TransportError(
+            f"{what}: the service at {address} showed a certificate that is expired or of another authority "
+            f"({details})",
+            retryable=False,
+        )
+    if code is grpc.StatusCode.CANCELLED:
+        return TransportError(f"{what}: the connection to {address} was closed")
+    name = code.name if code is not None else "unknown"
+    return TransportError(f"{what}: {address} does not answer as it should ({name}: {details})")
+
+
+def _transfer_seconds(size: int) -> float:
+    return _TRANSFER_GRACE_SECONDS + max(size, 0) / _SLOWEST_BYTES_PER_SECOND
+
+
+def _write_chunk(write: Callable[[bytes], object], chunk: artifact_pb2.Chunk, at: int, max_bytes: int) -> int:
+    """Write one verified chunk; returns the next offset."""
+    if chunk.offset != at:
+        raise ProtocolError(f"expected a chunk at offset {at}, got one at {chunk.offset}")
+    if crc32c(chunk.data) != chunk.crc32c:
+        raise TransportError(f"the chunk at offset {at} was damaged on the way")
+    if at + len(chunk.data) > max_bytes:
+        raise IntegrityError(f"the artifact is larger than the {max_bytes} bytes that are accepted")
+    write(chunk.data)
+    return at + len(chunk.data)
+
+
+def _upload_messages(
+    digest: Digest, data: bytes, offset: int
+) -> Iterator[artifact_pb2.UploadArtifactRequest]:
+    start = artifact_pb2.UploadStart(digest=digest, size_bytes=len(data), offset=offset)
+    yield artifact_pb2.UploadArtifactRequest(start=start)
+    for at in range(offset, len(data), CHUNK_BYTES):
+        part = data[at : at + CHUNK_BYTES]
+        chunk = artifact_pb2.Chunk(offset=at, data=part, crc32c=crc32c(part))
+        yield artifact_pb2.UploadArtifactRequest(chunk=chunk)
+
+
+def _task_from_pb(task: federation_pb2.FederatedTask) -> Task:
+    kinds = {federation_pb2.TASK_KIND_TRAIN: False, federation_pb2.TASK_KIND_PERSONALISE: True}
+    if task.kind not in kinds:
+        raise ProtocolError(f"unknown task kind {task.kind}; update the agent")
+    return Task(
+        run_id=task.run_id,
+        round_number=task.round,
+        attempt_id=task.attempt_id,
+        personalise=kinds[task.kind],
+        plan_digest=parse_digest(task.plan_digest),
+        plan_bytes=task.plan_bytes,
+        tensors_digest=parse_digest(task.tensors_digest),
+        tensors_bytes=task.tensors_bytes,
+        remaining_seconds=task.remaining_seconds,
+    )
