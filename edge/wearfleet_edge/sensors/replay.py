@@ -103,14 +103,16 @@ class ReplaySensor:
         """Samples of one pass."""
         return sum(len(r.samples) for r in self._recordings)
 
-    def chunks(self) -> Iterator[Chunk]:
-        """The stream."""
+    def chunks(self, skip: int = 0) -> Iterator[Chunk]:
+        """The stream, from sample ``skip`` of the first pass on."""
+        left = skip % self.num_samples if self._repeat else skip
         while True:
             for recording in self._recordings:
                 size = max(1, round(recording.rate_hz * _CHUNK_SECONDS))
-                for begin in range(0, len(recording.samples), size):
+                for begin in range(min(left, len(recording.samples)), len(recording.samples), size):
                     part = slice(begin, begin + size)
                     yield Chunk(recording.samples[part], recording.labels[part], begin == 0)
+                left = max(0, left - len(recording.samples))
             if not self._repeat:
                 return
 
