@@ -1,7 +1,7 @@
 """The whole model: raw window in, logits out."""
 
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class ModelSpec:
         ConfigError: an unknown backbone or a size below one.
     """
 
-    backbone: Literal["cnn", "transformer"]
+    backbone: str
     channels: int
     window: int
     classes: int

@@ -1,0 +1,206 @@
+"""Commands ``train``, ``evaluate`` and ``algorithms``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from wearfleet_cloud.data.dataset import Dataset, Progress
+    from wearfleet_cloud.data.scenarios import Scenario
+
+__all__ = ["register"]
+
+DatasetOption = Annotated[
+    str, typer.Option("--dataset", help="Name of the data set, or a .py file that describes one.")
+]
+RootOption = Annotated[
+    Path | None,
+    typer.Option("--data-root", envvar="WEARFLEET_DATA_ROOT", help="Folder with the official distributions."),
+]
+CacheOption = Annotated[Path | None, typer.Option("--cache-dir", help="Folder of prepared data.")]
+ScenarioOption = Annotated[str, typer.Option("--scenario", help="What the domains are: cross-person.")]
+TargetOption = Annotated[
+    str, typer.Option("--target", help="Held-out domain: its number, or subjects with commas.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of initial weights, splits and all random numbers.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no progress.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command("train")(_train)
+    app.command("evaluate")(_evaluate)
+    app.command("algorithms")(_algorithms)
+
+
+def _train(
+    *,
+    dataset: DatasetOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; an interrupted run there goes on.")],
+    data_root: RootOption = None,
+    cache_dir: CacheOption = None,
+    scenario: ScenarioOption = "cross-person",
+    target: TargetOption = "0",
+    algorithm: Annotated[str, typer.Option("--algorithm", help="See: wearfleet-cloud algorithms.")] = "erm",
+    backbone: Annotated[str, typer.Option("--backbone", help="cnn or transformer.")] = "cnn",
+    steps: Annotated[int, typer.Option("--steps", help="Number of updates.")] = 3000,
+    seed: SeedOption = 0,
+    device: Annotated[str, typer.Option("--device", help="Of torch: cpu, cuda, cuda:1.")] = "cpu",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="name=value: a setting of training, of the network or of the algorithm; repeatable."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model on source domains and score it on an unseen one."""
+    from wearfleet_cloud.training.config import TrainConfig
+    from wearfleet_cloud.training.settings import run_settings
+    from wearfleet_cloud.training.trainer import train
+
+    with _progress(as_json) as progress:
+        world = _scenario(
+            dataset, data_root, cache_dir, kind=scenario, target=target, seed=seed, progress=progress
+        )
+        config = TrainConfig(steps=steps, seed=seed, device=device)
+        spec, config = run_settings(world.prepared.dataset, algorithm, config, backbone, settings or [])
+        result = train(world, algorithm, spec, config, out, progress)
+    _show_run({**result.summary, "out": str(out)}, as_json)
+
+
+def _evaluate(
+    *,
+    dataset: DatasetOption,
+    run: Annotated[Path | None, typer.Option("--run", help="Folder of a run.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="model.safetensors, with model.json beside it.")
+    ] = None,
+    data_root: RootOption = None,
+    cache_dir: CacheOption = None,
+    scenario: ScenarioOption = "cross-person",
+    target: TargetOption = "0",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a trained model on the target domain of a scenario."""
+    from wearfleet_protos.errors import ConfigError
+
+    from wearfleet_cloud.training.model_files import load_model
+    from wearfleet_cloud.training.scoring import score
+
+    if (run is None) == (model is None):
+        raise ConfigError("give either --run (a folder) or --model (a file)")
+    network = load_model(run or model or Path())
+    with _progress(as_json) as progress:
+        world = _scenario(
+            dataset, data_root, cache_dir, kind=scenario, target=target, seed=seed, progress=progress
+        )
+    scores = score(network, world.target.x, world.target.y, world.prepared.dataset.label_names)
+    known = world.prepared.dataset
+    if as_json:
+        about = {"dataset": known.name, "simulated": known.simulated, "target": world.target.name}
+        print(json.dumps({**about, **asdict(scores)}))
+        return
+    rows = [[c.activity, str(c.windows), f"{c.recall:.3f}", f"{c.f1:.3f}"] for c in scores.classes]
+    _table(["activity", "windows", "recall", "F1"], rows)
+    print(
+        f"{_name(known)}, {world.target.name}: accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}"
+    )
+
+
+def _algorithms(as_json: JsonOption = False) -> None:
+    """List the training algorithms."""
+    from wearfleet_cloud.algorithms import ALGORITHMS
+
+    infos = [kind.info for kind in ALGORITHMS.values()]
+    if as_json:
+        print(json.dumps([asdict(info) for info in infos]))
+        return
+    rows = [
+        [
+            info.name,
+            info.paper,
+            info.family,
+            ", ".join(info.needs) or "labels only",
+            ", ".join(f"{name}={value:g}" for name, value in info.hyper.items()) or "-",
+            info.inference,
+        ]
+        for info in infos
+    ]
+    _table(["name", "paper", "family", "needs", "hyper-parameters", "inference network"], rows)
+
+
+def _scenario(
+    dataset: str,
+    data_root: Path | None,
+    cache_dir: Path | None,
+    *,
+    kind: str,
+    target: str,
+    seed: int,
+    progress: Progress,
+) -> Scenario:
+    from wearfleet_protos.errors import ConfigError
+
+    from wearfleet_cloud.data import dataset_named
+    from wearfleet_cloud.data.prepared import default_cache_dir, prepare
+    from wearfleet_cloud.data.scenarios import cross_person
+
+    if kind != "cross-person":
+        raise ConfigError(f"unknown scenario {kind!r}; known: cross-person")
+    prepared = prepare(dataset_named(dataset), data_root, cache_dir or default_cache_dir(), progress)
+    held: int | tuple[str, ...] = int(target) if target.isdigit() else tuple(target.split(","))
+    return cross_person(prepared, held, seed)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    """Bars on standard error, or nothing for programs that read the output."""
+    from wearfleet_cloud.cli.data import progress_bars
+    from wearfleet_cloud.data.dataset import silent
+
+    if quiet:
+        yield silent
+        return
+    with progress_bars() as bars:
+        yield bars
+
+
+def _show_run(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary))
+        return
+    name = f"{summary['dataset']} (simulated)" if summary["simulated"] else summary["dataset"]
+    rows = [
+        ["data set", f"{name}, {summary['scenario']}, target {summary['target']}"],
+        ["algorithm", summary["algorithm"]],
+        ["target accuracy", f"{summary['target_accuracy']:.4f}"],
+        ["target macro-F1", f"{summary['target_macro_f1']:.4f}"],
+        ["source validation accuracy", f"{summary['source_validation_accuracy']:.4f}"],
+        ["kept step", f"{summary['selected_step']} of {summary['config']['steps']} ({summary['selection']})"],
+        ["steps a second", f"{summary['steps_per_second']}"],
+        ["written to", summary["out"]],
+    ]
+    _table(["", ""], rows)
+
+
+def _name(dataset: Dataset) -> str:
+    return f"{dataset.name} (simulated)" if dataset.simulated else dataset.name
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, show_header=any(columns))
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
