@@ -41,7 +41,7 @@ class PlanBatchNorm(BatchNorm):
     def like(cls, original: BatchNorm) -> "PlanBatchNorm":
         """The same layer with the same tensors."""
         twin = cls(original.num_features, eps=original.eps, momentum=cast("float", original.momentum))
-        twin.load_state_dict(original.state_dict())
+        twin.to(original.weight).load_state_dict(original.state_dict())
         return twin.train(original.training)
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:

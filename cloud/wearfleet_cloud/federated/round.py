@@ -1,0 +1,415 @@
+"""A federated round as a state machine: ``advance(round, event, now) -> (round, effects)``.
+
+    PLANNED --CohortSelected--> RUNNING --enough updates / deadline--> AGGREGATING --Aggregated--> PUBLISHED
+                                   |                                        |
+                                   +-- too few updates --> SKIPPED <--------+ AggregationFailed
+    every state that is not final --Aborted--> ABORTED
+
+Nothing here performs anything: the service stores the returned round and carries out the effects, in one transaction
+with the event where the effect is an answer. After a crash it reads the round back and reports ``ServiceRestarted``,
+whose effects start again what was lost. An update counts once: its key is (round, client, attempt), and a client has at
+most one accepted update.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any, Final
+
+from wearfleet_protos.errors import ProtocolError
+from wearfleet_protos.tensors import Digest
+
+from wearfleet_cloud.federated.round_events import (
+    Aborted,
+    Aggregated,
+    AggregationFailed,
+    Answer,
+    AnswerStatus,
+    ArmDeadline,
+    ClientDeclined,
+    CohortSelected,
+    DeadlinePassed,
+    Effect,
+    Event,
+    InviteClients,
+    KeepModel,
+    Publish,
+    ReleaseClients,
+    SelectCohort,
+    ServiceRestarted,
+    StartAggregation,
+    TaskFetched,
+    UpdateRejected,
+    UpdateSubmitted,
+)
+
+__all__ = ["TABLE", "TERMINAL", "Receipt", "Round", "RoundPolicy", "RoundState", "advance"]
+
+
+class RoundState(StrEnum):
+    """Where a round stands."""
+
+    PLANNED = "planned"
+    RUNNING = "running"
+    AGGREGATING = "aggregating"
+    PUBLISHED = "published"
+    SKIPPED = "skipped"
+    ABORTED = "aborted"
+
+
+TERMINAL: Final = frozenset({RoundState.PUBLISHED, RoundState.SKIPPED, RoundState.ABORTED})
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPolicy:
+    """When a round has enough, and how long it waits.
+
+    Args:
+        quorum: fewest updates worth averaging, >= 1.
+        min_examples: fewest training windows of all updates together.
+        deadline_s: time for the clients, from the invitation.
+        extension_s: added once when the quorum is missed at the deadline; 0 for none.
+
+    Raises:
+        ProtocolError: a number is out of range.
+    """
+
+    quorum: int = 1
+    min_examples: int = 1
+    deadline_s: float = 300.0
+    extension_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.quorum < 1 or self.min_examples < 1 or self.deadline_s <= 0 or self.extension_s < 0:
+            raise ProtocolError(f"round policy is out of range: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """One accepted update."""
+
+    client: str
+    attempt: str
+    digest: Digest
+    num_examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Everything about one round; plain values only, so that it can be stored.
+
+    Args:
+        run_id: the federation run.
+        number: from 1.
+        base: digest of the global tensors that the clients start from.
+        policy: when it has enough.
+        state: where it stands.
+        invited: sorted; the only clients whose updates count.
+        wanted: updates after which it does not wait longer.
+        fetched: clients that were given their task.
+        declined: client -> reason.
+        rejected: client -> reason, of updates that could not be used.
+        receipts: accepted updates, in order of arrival.
+        deadline: Unix seconds; 0 before the invitation.
+        extended: the one extension was used.
+        result: digest of the new global tensors; empty unless published.
+        reason: why it was skipped or aborted.
+    """
+
+    run_id: str
+    number: int
+    base: Digest
+    policy: RoundPolicy
+    state: RoundState = RoundState.PLANNED
+    invited: tuple[str, ...] = ()
+    wanted: int = 0
+    fetched: tuple[str, ...] = ()
+    declined: tuple[tuple[str, str], ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+    receipts: tuple[Receipt, ...] = ()
+    deadline: float = 0.0
+    extended: bool = False
+    result: str = ""
+    reason: str = ""
+
+    def accepted(self, client: str) -> Receipt | None:
+        """The update of a client that counts, if there is one."""
+        return next((r for r in self.receipts if r.client == client), None)
+
+    @property
+    def has_quorum(self) -> bool:
+        """Enough updates and enough windows for an average."""
+        examples = sum(r.num_examples for r in self.receipts)
+        return len(self.receipts) >= self.policy.quorum and examples >= self.policy.min_examples
+
+    def to_dict(self) -> dict[str, object]:
+        """Values that JSON can hold; inverse of ``from_dict``."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> "Round":
+        """A round as it was stored.
+
+        Raises:
+            ProtocolError: not a stored round.
+        """
+        try:
+            return Round(
+                **{
+                    **stored,
+                    "policy": RoundPolicy(**stored["policy"]),
+                    "state": RoundState(stored["state"]),
+                    "invited": tuple(stored["invited"]),
+                    "fetched": tuple(stored["fetched"]),
+                    "declined": tuple((c, r) for c, r in stored["declined"]),
+                    "rejected": tuple((c, r) for c, r in stored["rejected"]),
+                    "receipts": tuple(Receipt(**r) for r in stored["receipts"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"stored round cannot be read: {error}") from error
+
+
+Outcome = tuple[Round, tuple[Effect, ...]]
+
+
+def advance(current: Round, event: Event, now: float) -> Outcome:
+    """What an event makes of a round.
+
+    Args:
+        current: the round as stored.
+        event: what happened.
+        now: Unix seconds.
+
+    Returns:
+        The round after it, and what the service has to do, in order.
+
+    Raises:
+        ProtocolError: the event cannot happen in this state, or carries impossible values.
+    """
+    entry = TABLE.get((current.state, type(event)))
+    if entry is None:
+        raise ProtocolError(
+            f"round {current.number} of run {current.run_id} is {current.state} and cannot take {type(event).__name__}"
+        )
+    rule, targets = entry
+    after, effects = rule(current, event, now)
+    assert after.state in targets, f"{current.state} -> {after.state} is not in the table"
+    return after, effects
+
+
+def _invite(current: Round, event: CohortSelected, now: float) -> Outcome:
+    clients = tuple(sorted(set(event.clients)))
+    if not clients or not 1 <= event.wanted <= len(clients):
+        raise ProtocolError(
+            f"a cohort needs clients, and 1 to {len(clients)} wanted updates; got {event.wanted}"
+        )
+    deadline = now + current.policy.deadline_s
+    after = replace(
+        current, state=RoundState.RUNNING, invited=clients, wanted=event.wanted, deadline=deadline
+    )
+    return after, (InviteClients(clients), ArmDeadline(deadline))
+
+
+def _fetch(current: Round, event: TaskFetched, _: float) -> Outcome:
+    if event.client not in current.invited:
+        return current, (_denied(event.client),)
+    if event.client in current.fetched:
+        return current, ()
+    return replace(current, fetched=(*current.fetched, event.client)), ()
+
+
+def _submit(current: Round, event: UpdateSubmitted, _: float) -> Outcome:
+    answered = _known(current, event)
+    if answered is not None:
+        return current, (answered,)
+    if event.num_examples < 1:
+        return _reject(current, UpdateRejected(event.client, event.attempt, "no training windows"), _)
+    receipt = Receipt(event.client, event.attempt, event.digest, event.num_examples)
+    after = replace(
+        current,
+        receipts=(*current.receipts, receipt),
+        rejected=tuple(row for row in current.rejected if row[0] != event.client),
+        declined=tuple(row for row in current.declined if row[0] != event.client),
+    )
+    after, effects = _proceed(after)
+    return after, (Answer(event.client, AnswerStatus.ACCEPTED), *effects)
+
+
+def _submit_late(current: Round, event: UpdateSubmitted, _: float) -> Outcome:
+    answered = _known(current, event)
+    return current, (answered or Answer(event.client, AnswerStatus.STALE, f"the round is {current.state}"),)
+
+
+def _known(current: Round, event: UpdateSubmitted) -> Answer | None:
+    """The answer to a submission that must not count (again); None when it is new."""
+    if event.client not in current.invited:
+        return _denied(event.client)
+    receipt = current.accepted(event.client)
+    if receipt is None:
+        return None
+    if receipt.digest == event.digest:
+        return Answer(event.client, AnswerStatus.DUPLICATE)
+    return Answer(
+        event.client,
+        AnswerStatus.CONFLICT,
+        f"another update of this client was accepted (attempt {receipt.attempt}, {receipt.digest})",
+    )
+
+
+def _reject(current: Round, event: UpdateRejected, _: float) -> Outcome:
+    if event.client not in current.invited:
+        return current, (_denied(event.client),)
+    answer = Answer(event.client, AnswerStatus.REJECTED, event.reason)
+    if current.accepted(event.client) is not None:
+        return current, (answer,)
+    others = tuple(row for row in current.rejected if row[0] != event.client)
+    after, effects = _proceed(replace(current, rejected=(*others, (event.client, event.reason))))
+    return after, (answer, *effects)
+
+
+def _reject_late(current: Round, event: UpdateRejected, _: float) -> Outcome:
+    if event.client not in current.invited:
+        return current, (_denied(event.client),)
+    return current, (Answer(event.client, AnswerStatus.REJECTED, event.reason),)
+
+
+def _decline(current: Round, event: ClientDeclined, _: float) -> Outcome:
+    if event.client not in current.invited:
+        return current, (_denied(event.client),)
+    if current.accepted(event.client) is not None or event.client in dict(current.declined):
+        return current, ()
+    return _proceed(replace(current, declined=(*current.declined, (event.client, event.reason))))
+
+
+def _deadline(current: Round, _: DeadlinePassed, now: float) -> Outcome:
+    if now < current.deadline:
+        return current, (ArmDeadline(current.deadline),)
+    if current.has_quorum:
+        return _aggregate(current)
+    if not current.extended and current.policy.extension_s > 0:
+        deadline = now + current.policy.extension_s
+        return replace(current, extended=True, deadline=deadline), (ArmDeadline(deadline),)
+    return _skip(current, "deadline passed")
+
+
+def _proceed(current: Round) -> Outcome:
+    """Go on when there is nothing left to wait for."""
+    if len(current.receipts) >= current.wanted and current.has_quorum:
+        return _aggregate(current)
+    answered = (
+        {r.client for r in current.receipts} | dict(current.declined).keys() | dict(current.rejected).keys()
+    )
+    if answered != set(current.invited):
+        return current, ()
+    return _aggregate(current) if current.has_quorum else _skip(current, "every client has answered")
+
+
+def _aggregate(current: Round) -> Outcome:
+    after = replace(current, state=RoundState.AGGREGATING)
+    return after, (*_release(current), _start(after))
+
+
+def _skip(current: Round, why: str) -> Outcome:
+    reason = (
+        f"{why} with {len(current.receipts)} of at least {current.policy.quorum} updates and "
+        f"{sum(r.num_examples for r in current.receipts)} of at least {current.policy.min_examples} windows"
+    )
+    after = replace(current, state=RoundState.SKIPPED, reason=reason)
+    return after, (*_release(current), KeepModel(reason))
+
+
+def _publish(current: Round, event: Aggregated, _: float) -> Outcome:
+    after = replace(current, state=RoundState.PUBLISHED, result=event.digest)
+    return after, (Publish(event.digest),)
+
+
+def _fail(current: Round, event: AggregationFailed, _: float) -> Outcome:
+    after = replace(current, state=RoundState.SKIPPED, reason=event.reason)
+    return after, (KeepModel(event.reason),)
+
+
+def _abort(current: Round, event: Aborted, _: float) -> Outcome:
+    after = replace(current, state=RoundState.ABORTED, reason=event.reason)
+    return after, (*_release(current), KeepModel(event.reason))
+
+
+def _restart_planned(current: Round, _: ServiceRestarted, __: float) -> Outcome:
+    return current, (SelectCohort(),)
+
+
+def _restart_running(current: Round, _: ServiceRestarted, __: float) -> Outcome:
+    return current, (InviteClients(_waiting_for(current)), ArmDeadline(current.deadline))
+
+
+def _restart_aggregating(current: Round, _: ServiceRestarted, __: float) -> Outcome:
+    return current, (_start(current),)
+
+
+def _restart_published(current: Round, _: ServiceRestarted, __: float) -> Outcome:
+    return current, (Publish(Digest(current.result)),)
+
+
+def _ignore(current: Round, _: Event, __: float) -> Outcome:
+    return current, ()
+
+
+def _start(current: Round) -> StartAggregation:
+    return StartAggregation({r.client: r.digest for r in sorted(current.receipts, key=lambda r: r.client)})
+
+
+def _release(current: Round) -> tuple[Effect, ...]:
+    waiting = _waiting_for(current)
+    return (ReleaseClients(waiting),) if waiting else ()
+
+
+def _waiting_for(current: Round) -> tuple[str, ...]:
+    done = {r.client for r in current.receipts} | dict(current.declined).keys()
+    return tuple(client for client in current.invited if client not in done)
+
+
+def _denied(client: str) -> Answer:
+    return Answer(client, AnswerStatus.DENIED, "this client was not invited to the round")
+
+
+Rule = Callable[[Round, Any, float], Outcome]
+
+_S = RoundState
+_LATE: Final[dict[type[Event], Rule]] = {
+    TaskFetched: _ignore,
+    UpdateSubmitted: _submit_late,
+    UpdateRejected: _reject_late,
+    ClientDeclined: _ignore,
+    DeadlinePassed: _ignore,
+}
+
+TABLE: Final[Mapping[tuple[RoundState, type[Event]], tuple[Rule, frozenset[RoundState]]]] = {
+    (_S.PLANNED, CohortSelected): (_invite, frozenset({_S.RUNNING})),
+    (_S.PLANNED, TaskFetched): (_fetch, frozenset({_S.PLANNED})),
+    (_S.PLANNED, UpdateSubmitted): (_submit_late, frozenset({_S.PLANNED})),
+    (_S.PLANNED, UpdateRejected): (_reject_late, frozenset({_S.PLANNED})),
+    (_S.PLANNED, Aborted): (_abort, frozenset({_S.ABORTED})),
+    (_S.PLANNED, ServiceRestarted): (_restart_planned, frozenset({_S.PLANNED})),
+    (_S.RUNNING, TaskFetched): (_fetch, frozenset({_S.RUNNING})),
+    (_S.RUNNING, UpdateSubmitted): (_submit, frozenset({_S.RUNNING, _S.AGGREGATING, _S.SKIPPED})),
+    (_S.RUNNING, UpdateRejected): (_reject, frozenset({_S.RUNNING, _S.AGGREGATING, _S.SKIPPED})),
+    (_S.RUNNING, ClientDeclined): (_decline, frozenset({_S.RUNNING, _S.AGGREGATING, _S.SKIPPED})),
+    (_S.RUNNING, DeadlinePassed): (_deadline, frozenset({_S.RUNNING, _S.AGGREGATING, _S.SKIPPED})),
+    (_S.RUNNING, Aborted): (_abort, frozenset({_S.ABORTED})),
+    (_S.RUNNING, ServiceRestarted): (_restart_running, frozenset({_S.RUNNING})),
+    **{(_S.AGGREGATING, kind): (rule, frozenset({_S.AGGREGATING})) for kind, rule in _LATE.items()},
+    (_S.AGGREGATING, Aggregated): (_publish, frozenset({_S.PUBLISHED})),
+    (_S.AGGREGATING, AggregationFailed): (_fail, frozenset({_S.SKIPPED})),
+    (_S.AGGREGATING, Aborted): (_abort, frozenset({_S.ABORTED})),
+    (_S.AGGREGATING, ServiceRestarted): (_restart_aggregating, frozenset({_S.AGGREGATING})),
+    **{
+        (state, kind): (rule, frozenset({state}))
+        for state in sorted(TERMINAL)
+        for kind, rule in _LATE.items()
+    },
+    **{(state, Aborted): (_ignore, frozenset({state})) for state in sorted(TERMINAL)},
+    (_S.PUBLISHED, ServiceRestarted): (_restart_published, frozenset({_S.PUBLISHED})),
+    (_S.SKIPPED, ServiceRestarted): (_ignore, frozenset({_S.SKIPPED})),
+    (_S.ABORTED, ServiceRestarted): (_ignore, frozenset({_S.ABORTED})),
+}
+"""(state, event) -> what happens, and the states that may follow. An event that is not here is refused."""
