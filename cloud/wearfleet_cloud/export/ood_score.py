@@ -1,0 +1,192 @@
+"""How far a window lies from everything the model was trained on, as a small module of the exported graph.
+
+Two scores, larger = further away:
+
+* ``energy``: ``-logsumexp(logits)``. Finds windows on which the classifier is unsure.
+* ``mahalanobis``: squared distance of the embedding to the nearest class mean under one tied covariance. Finds
+  windows that look like no training window; the default, by measurement (``tests/benchmarks/bench_ood.py``).
+
+The full F x F whitening would cost more than the network itself (F = 832: 692 k multiplications against 350 k), so
+the covariance ``S = U diag(l) U'`` keeps its ``r`` largest eigenvalues and replaces the others by their mean ``s``:
+``S_r = U_r diag(l_r) U_r' + s (I - U_r U_r')``. That is the only approximation (the maximum-likelihood covariance of
+probabilistic PCA), and with ``r = F`` there is none. Everything after it is exact. Let ``m`` be the overall mean,
+``d = z - m``, and let ``V = [U_r, V']`` be orthonormal columns that also span all class means. ``S_r^-1`` is diagonal
+in ``V`` (entries ``a``: ``1 / l_j``, then ``1 / s``) and ``1 / s`` times the identity outside it, so with ``p = V' d``
+and the class means ``p_c`` in the same coordinates
+
+    D_c = sum_j a_j (p_j - p_cj)^2 + (|d|^2 - |p|^2) / s
+        = sum_j (a_j - 1 / s) p_j^2 + |d|^2 / s - 2 sum_j a_j p_cj p_j + sum_j a_j p_cj^2
+
+which is one thin matrix product (F x R, R <= r + K - 1), one tiny one (R x K), and sums. The last two terms of the
+first line cancel: float32 keeps about 7 - log10(l_1 / s) digits, so ``r`` is either far below F or F itself.
+
+Source: energy: Liu et al. 2020, arXiv:2010.03759, equation 4 with T = 1; distance: Lee et al. 2018,
+arXiv:1807.03888, equation 2; covariance: Tipping and Bishop 1999, "Probabilistic principal component analysis",
+equations 7 and 8.
+Differs: sign (ours grows with distance); low rank as above; 1e-6 on the diagonal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from wearfleet_protos.errors import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "DEFAULT_METHOD",
+    "DEFAULT_RANK",
+    "OOD_METHODS",
+    "EnergyScore",
+    "MahalanobisScore",
+    "OodMethod",
+    "OodScore",
+    "TiedGaussian",
+    "fit_tied_gaussian",
+    "threshold_of",
+]
+
+OodMethod: TypeAlias = Literal["energy", "mahalanobis"]
+OOD_METHODS: Final[tuple[OodMethod, ...]] = ("energy", "mahalanobis")
+DEFAULT_METHOD: Final[OodMethod] = "mahalanobis"
+DEFAULT_RANK: Final = 16
+
+_RIDGE: Final = 1e-6
+_SPAN_TOLERANCE: Final = 1e-8
+_QUANTILE: Final = 0.95
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TiedGaussian:
+    """The distance of the module docstring, ready to evaluate. All float32.
+
+    Args:
+        mean: (F,) overall mean ``m``.
+        basis: (F, R) ``V``.
+        curvature: (R, 1) ``a - 1 / s``.
+        slope: (R, K) ``-2 a p_c``.
+        offset: (K,) ``sum_j a_j p_cj^2``.
+        isotropic: () ``1 / s``, 0 when nothing is left out.
+    """
+
+    mean: NDArray[np.float32]
+    basis: NDArray[np.float32]
+    curvature: NDArray[np.float32]
+    slope: NDArray[np.float32]
+    offset: NDArray[np.float32]
+    isotropic: NDArray[np.float32]
+
+
+class EnergyScore(nn.Module):
+    """``-logsumexp(logits)``, nats."""
+
+    def forward(self, embedding: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG002 - one signature for all scores
+        """(N, F), (N, K) -> (N,)."""
+        return -torch.logsumexp(logits, dim=1)
+
+
+class MahalanobisScore(nn.Module):
+    """Squared Mahalanobis distance to the nearest class mean, dimensionless."""
+
+    def __init__(self, gaussian: TiedGaussian) -> None:
+        super().__init__()
+        for name in ("mean", "basis", "curvature", "slope", "offset", "isotropic"):
+            self.register_buffer(name, torch.from_numpy(np.array(getattr(gaussian, name))))
+
+    mean: Tensor
+    basis: Tensor
+    curvature: Tensor
+    slope: Tensor
+    offset: Tensor
+    isotropic: Tensor
+
+    def forward(self, embedding: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG002 - one signature for all scores
+        """(N, F), (N, K) -> (N,)."""
+        centred = embedding - self.mean
+        inside = centred @ self.basis
+        shared = (inside * inside) @ self.curvature
+        nearest = torch.addmm(self.offset, inside, self.slope).amin(dim=1)
+        return nearest + shared.squeeze(1) + (centred * centred).sum(dim=1) * self.isotropic
+
+
+OodScore: TypeAlias = EnergyScore | MahalanobisScore
+
+
+def fit_tied_gaussian(
+    embedding: NDArray[np.float32], y: NDArray[np.int64], rank: int = DEFAULT_RANK
+) -> TiedGaussian:
+    """Fit class means and tied covariance to source training embeddings, in float64.
+
+    Args:
+        embedding: (n, F).
+        y: (n,) classes; a class without windows has no mean.
+        rank: r, eigenvalues kept; F or more keeps all (the exact distance).
+
+    Raises:
+        ShapeError: shapes do not fit, fewer than two windows, or a value is not finite.
+        ConfigError: rank below 1.
+    """
+    z = np.asarray(embedding, np.float64)
+    if z.ndim != 2 or y.shape != z.shape[:1] or len(z) < 2:
+        raise ShapeError(
+            f"expected embeddings (n, F) and classes (n,) with n >= 2, got {z.shape} and {y.shape}"
+        )
+    if not bool(np.isfinite(z).all()):
+        raise ShapeError("embeddings hold NaN or infinity; the model or its training windows are broken")
+    if rank < 1:
+        raise ConfigError(f"the rank of the covariance must be at least 1, got {rank}")
+    classes, which = np.unique(y, return_inverse=True)
+    means = np.stack([z[which == c].mean(axis=0) for c in range(len(classes))])
+    centred = z - means[which]
+    values, vectors = np.linalg.eigh(centred.T @ centred / len(z))
+    values, vectors = np.maximum(values[::-1], 0.0) + _RIDGE, vectors[:, ::-1]
+    kept = min(rank, z.shape[1])
+    isotropic = 0.0 if kept == z.shape[1] else 1.0 / float(values[kept:].mean())
+    overall = z.mean(axis=0)
+    extra = _span_outside(means - overall, vectors[:, :kept])
+    basis = np.concatenate((vectors[:, :kept], extra), axis=1)
+    precision = np.concatenate((1.0 / values[:kept], np.full(extra.shape[1], isotropic)))
+    return _tied_gaussian(overall, basis, precision, (means - overall) @ basis, isotropic)
+
+
+def threshold_of(scores: NDArray[np.float32]) -> float:
+    """The 95th percentile of the scores of source validation windows: a score above it is out of distribution.
+
+    Raises:
+        ShapeError: no score, or one that is not finite.
+    """
+    if scores.size == 0 or not bool(np.isfinite(scores).all()):
+        raise ShapeError(f"the threshold needs finite scores of validation windows, got {scores.size} scores")
+    return float(np.quantile(scores.astype(np.float64), _QUANTILE))
+
+
+def _tied_gaussian(
+    overall: NDArray[np.float64],
+    basis: NDArray[np.float64],
+    precision: NDArray[np.float64],
+    inside: NDArray[np.float64],
+    isotropic: float,
+) -> TiedGaussian:
+    """The terms of D_c; ``inside`` (K, R) are the class means in the coordinates of the basis."""
+    return TiedGaussian(
+        mean=overall.astype(np.float32),
+        basis=np.ascontiguousarray(basis, np.float32),
+        curvature=(precision - isotropic)[:, None].astype(np.float32),
+        slope=np.ascontiguousarray((-2.0 * precision * inside).T, np.float32),
+        offset=(precision * inside**2).sum(axis=1).astype(np.float32),
+        isotropic=np.asarray(isotropic, np.float32),
+    )
+
+
+def _span_outside(rows: NDArray[np.float64], basis: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(F, q) orthonormal columns that span what of ``rows`` (K, F) lies outside ``basis`` (F, r)."""
+    outside = rows - (rows @ basis) @ basis.T
+    _, sizes, directions = np.linalg.svd(outside, full_matrices=False)
+    largest = max(float(np.linalg.norm(rows)), np.finfo(np.float64).tiny)
+    return np.ascontiguousarray(directions[sizes > _SPAN_TOLERANCE * largest].T)
