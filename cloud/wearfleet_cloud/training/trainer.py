@@ -186,6 +186,8 @@ def _summary(scenario: Scenario, split: SourceSplit, session: Session, last: Che
         "simulated": dataset.simulated,
         "scenario": scenario.name,
         "target": scenario.target.name,
+        "target_subjects": list(scenario.target.subjects),
+        "scenario_seed": scenario.seed,
         "source_domains": [domain.name for domain in scenario.sources],
         "split": config.split,
         "train_windows": sum(len(domain) for domain in split.train),
