@@ -1,8 +1,8 @@
 """DSADS: five inertial units on the body, 8 people, 19 activities, 25 Hz, one text file per five seconds (UCI 256).
 
-Segments s01, s02, ... of one activity and person follow each other without a gap (five minutes cut into sixty
-files), so consecutive ones become one recording and a missing file begins a new one. Windows are the segments:
-125 samples, stride 125, 45 channels.
+Every segment file is one recording and one window: 125 samples, stride 125, 45 channels. Segments of most activities
+continue each other (they were cut from five minutes), but those of the stairs do not, nor do some others: the step
+over the border of two files is then several times the step inside. So they are not joined.
 """
 
 from __future__ import annotations
@@ -57,21 +57,9 @@ def _segments(source: Source, progress: Progress) -> _Segments:
     return found
 
 
-def _runs(numbers: list[int]) -> list[list[int]]:
-    """Consecutive numbers together: [1, 2, 4] -> [[1, 2], [4]]."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs
-
-
 def _recordings(source: Source, progress: Progress) -> Iterator[Recording]:
     for (subject, activity), segments in sorted(_segments(source, progress).items()):
-        for run in _runs(list(segments)):
-            samples = np.concatenate([segments[number] for number in run])
+        for number, samples in sorted(segments.items()):
             yield Recording(
                 samples=samples,
                 labels=np.full(len(samples), activity - 1, np.int16),
@@ -80,7 +68,7 @@ def _recordings(source: Source, progress: Progress) -> Iterator[Recording]:
                 subject=f"{subject}",
                 position="whole body",
                 device="xsens mtx",
-                session=f"segment-{run[0]:02d}",
+                session=f"segment-{number:02d}",
             )
 
 
@@ -113,7 +101,7 @@ DSADS: Final = Dataset(
             folders=("dsads",),
             archives=("DSADS*.tar.xz", "daily*and*sports*activities.zip"),
             unpacked=("data", "."),
-            probe="a01/p1/s01.txt",
+            probe="a[0-9][0-9]/p[0-9]/s[0-9][0-9].txt",
         ),
         _recordings,
         _counts,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from wearfleet_protos.recording import Recording
 
 from wearfleet_cloud.data.dataset import Counts, Progress
@@ -23,8 +24,8 @@ def count_recordings(recordings: Iterator[Recording]) -> Counts:
         number += 1
         samples += len(recording.samples)
         subjects.add(recording.subject)
-        for label in recording.labels.tolist():
-            labels[str(label)] = labels.get(str(label), 0) + 1
+        for label, found in zip(*np.unique(recording.labels, return_counts=True), strict=True):
+            labels[str(label)] = labels.get(str(label), 0) + int(found)
     return {
         "recordings": number,
         "subjects": len(subjects),

@@ -129,7 +129,7 @@ USC_HAD: Final = Dataset(
             folders=("usc-had",),
             archives=("USC-HAD*.zip",),
             unpacked=("USC-HAD", "."),
-            probe="Subject*/a1t1.mat",
+            probe="Subject*/a*t*.mat",
         ),
         _recordings,
         _counts,
