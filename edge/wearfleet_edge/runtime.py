@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +17,7 @@ from wearfleet_protos.labels import UNLABELLED
 from wearfleet_protos.manifest import MODEL_INPUT, MODEL_OUTPUTS, ModelManifest, metadata_of
 from wearfleet_protos.tensors import TensorRole, check_finite, digest_of
 
-from wearfleet_edge.graph import GraphSummary, inspect_graph
+from wearfleet_edge.graph import GraphSummary, inspect_graph, overlay_tensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -105,12 +104,11 @@ class Recogniser:
             )
         summary = inspect_graph(model)
         _check_metadata(summary, manifest)
-        overlay = _overlay(summary, manifest, personal) if personal else {}
+        graph = overlay_tensors(model, summary, _of_graph(summary, manifest, personal)) if personal else model
         self.manifest = manifest
         self.personalised = personal is not None
         self.ood_threshold = personal.ood_threshold if personal else manifest.ood_threshold
-        self._overlay = overlay  # the session reads these bytes as long as it lives
-        self._session = make_session(model, overlay)
+        self._session = make_session(bytes(graph))
         _check_signature(self._session, manifest)
         self._bind()
         for _ in range(_WARM_UP):
@@ -171,14 +169,11 @@ class Recogniser:
         self._binding.bind_ortvalue_output("ood_score", self._score)
 
 
-def make_session(
-    graph: bytes, initializers: Mapping[str, ort.OrtValue] | None = None
-) -> ort.InferenceSession:
+def make_session(graph: bytes) -> ort.InferenceSession:
     """An ONNX Runtime session for a small device.
 
     Args:
         graph: ONNX bytes that passed :func:`wearfleet_edge.graph.inspect_graph`.
-        initializers: replaces initialisers of these names; must live as long as the session.
 
     Raises:
         ModelContractError: ONNX Runtime does not accept the graph.
@@ -190,8 +185,6 @@ def make_session(
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    for name, value in (initializers or {}).items():
-        options.add_initializer(name, value)
     try:
         return ort.InferenceSession(graph, options, providers=_PROVIDERS)
     except Exception as error:  # the runtime raises types of its own that share no base
@@ -227,21 +220,17 @@ def _check_signature(session: ort.InferenceSession, manifest: ModelManifest) -> 
         raise ModelContractError(f"the model has no float32 output {missing}; it offers {outputs}")
 
 
-def _overlay(summary: GraphSummary, manifest: ModelManifest, personal: Personal) -> dict[str, ort.OrtValue]:
-    """Personal tensors as values for the graph's initialisers; counters have no place in the graph."""
+def _of_graph(
+    summary: GraphSummary, manifest: ModelManifest, personal: Personal
+) -> dict[str, NDArray[np.generic]]:
+    """The personal tensors that the graph uses; counters have no place in it."""
     check_finite(personal.tensors)
     roles = {t.name: t.role for t in manifest.tensors}
     unknown = sorted(personal.tensors.keys() - roles.keys())
     if unknown:
         raise ModelContractError(f"personal tensors {unknown[:3]} are not part of the model")
-    values: dict[str, ort.OrtValue] = {}
-    for name, array in personal.tensors.items():
-        found = summary.initializers.get(name)
-        if found is None and roles[name] is TensorRole.COUNTER:
-            continue
-        if found != (str(array.dtype), array.shape):
-            raise ModelContractError(
-                f"personal tensor {name} is {array.dtype} {array.shape}, the graph has {found}"
-            )
-        values[name] = ort.OrtValue.ortvalue_from_numpy(array)
-    return values
+    return {
+        name: array
+        for name, array in personal.tensors.items()
+        if name in summary.initializers or roles[name] is not TensorRole.COUNTER
+    }
