@@ -53,7 +53,7 @@ def test_specifications_follow_the_state_dict() -> None:
     assert groups["head.bias"] is TensorGroup.PARAM
     assert groups["standardise.mean"] is TensorGroup.BUFFER
     counter = next(spec for spec in specs if spec.role is TensorRole.COUNTER)
-    assert counter.dtype == "int64" and counter.shape == ()
+    assert (counter.dtype, counter.shape) == ("int64", ())
 
 
 def test_schema_hash_depends_on_shape_and_not_on_values() -> None:

@@ -133,8 +133,9 @@ class Adam:
         step = slots["adam_step"] + 1.0
         m = beta1 * _flatten(slots, params, "adam_m/") + (1.0 - beta1) * g
         v = beta2 * _flatten(slots, params, "adam_v/") + (1.0 - beta2) * (g * g)
-        rate = lr / (1.0 - beta1**step)
-        root = torch.sqrt(v) / torch.sqrt(1.0 - beta2**step)
+        precise = step.double()  # in float32 the first 1 - 0.999**step would lose half of its digits
+        rate = lr / (1.0 - beta1**precise).to(lr.dtype)
+        root = torch.sqrt(v) / torch.sqrt(1.0 - beta2**precise).to(p.dtype)
         p = p - rate * (m / (root + self.eps))
         moments = {**_unflatten(m, params, "adam_m/"), **_unflatten(v, params, "adam_v/")}
         return _unflatten(p, params), {**moments, "adam_step": step}
