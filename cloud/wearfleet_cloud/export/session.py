@@ -68,13 +68,16 @@ class Session:
 
     def latency(self, window: NDArray[np.float32], repeats: int = 2000) -> Latency:
         """Time ``repeats`` single calls with a window (1, C, T), after a warm-up."""
+        self.times_us(window, _WARM_UP)
+        p50, p99 = np.percentile(self.times_us(window, repeats), (50, 99))
+        return Latency(float(p50), float(p99))
+
+    def times_us(self, window: NDArray[np.float32], repeats: int) -> NDArray[np.float64]:
+        """(repeats,) microseconds that each call with a window (1, C, T) takes."""
         names, feed = list(MODEL_OUTPUTS), {MODEL_INPUT: window}
-        for _ in range(_WARM_UP):
-            self._session.run(names, feed)
         times = np.empty(repeats)
         for index in range(repeats):
             begin = time.perf_counter_ns()
             self._session.run(names, feed)
             times[index] = time.perf_counter_ns() - begin
-        p50, p99 = np.percentile(times, (50, 99)) / 1e3
-        return Latency(float(p50), float(p99))
+        return times / 1e3

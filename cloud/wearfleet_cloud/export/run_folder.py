@@ -1,0 +1,122 @@
+"""Read a training run back: its model, and the very windows it was trained and validated on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from wearfleet_models import Classifier
+from wearfleet_protos.errors import DataError, IntegrityError, NotFoundError
+from wearfleet_protos.plan import InputContract
+from wearfleet_protos.tensors import digest_of
+
+from wearfleet_cloud.data.dataset import Dataset
+from wearfleet_cloud.data.prepared import Prepared
+from wearfleet_cloud.data.scenarios import Domain, cross_person, split_sources
+from wearfleet_cloud.training.model_files import load_model
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Run", "RunWindows", "contract_of", "read_run", "windows_of_run"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """A finished training run.
+
+    Args:
+        identity: data set, algorithm and a hash of the result.
+        model: in evaluation mode.
+        dataset: name or file it was trained on.
+        target_subjects: who was held out.
+        scenario_seed: of the split into training and validation.
+        split: rule of that split.
+        counts: number of training and of validation windows.
+    """
+
+    identity: str
+    model: Classifier
+    dataset: str
+    target_subjects: tuple[str, ...]
+    scenario_seed: int
+    split: str
+    counts: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunWindows:
+    """Raw source windows of a run: ``x`` (n, C, T), ``y`` (n,) for training, the others for validation."""
+
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+    x_validation: NDArray[np.float32]
+    y_validation: NDArray[np.int64]
+
+
+def read_run(folder: Path) -> Run:
+    """Read ``result.json`` and the model of a run.
+
+    Raises:
+        NotFoundError: no finished run in that folder.
+        IntegrityError: a file is damaged.
+        ShapeError: the tensors do not fit the network.
+    """
+    file = folder / "result.json"
+    if not file.is_file():
+        raise NotFoundError(
+            f"{file} does not exist; give --run the folder of a finished `wearfleet-cloud train`"
+        )
+    content = file.read_bytes()
+    try:
+        result: dict[str, Any] = json.loads(content)
+        return Run(
+            identity=f"{result['dataset']}-{result['algorithm']}-{digest_of(content)[7:19]}",
+            model=load_model(folder),
+            dataset=str(result["dataset"]),
+            target_subjects=tuple(str(subject) for subject in result["target_subjects"]),
+            scenario_seed=int(result["scenario_seed"]),
+            split=str(result["split"]),
+            counts=(int(result["train_windows"]), int(result["validation_windows"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"{file} is not the result of a training run ({error!r}); train again"
+        ) from error
+
+
+def windows_of_run(run: Run, prepared: Prepared) -> RunWindows:
+    """The source windows, split as they were for training.
+
+    Raises:
+        DataError: the data set found here is not the one that the run saw.
+        NotFoundError: a held-out subject is not in it.
+    """
+    scenario = cross_person(prepared, run.target_subjects, run.scenario_seed)
+    split = split_sources(scenario, run.split)
+    x, y = _joined(split.train)
+    x_validation, y_validation = _joined(split.validation)
+    if (len(y), len(y_validation)) != run.counts:
+        raise DataError(
+            f"the run was trained and validated on {run.counts} windows, data set {prepared.dataset.name} found here "
+            f"gives {(len(y), len(y_validation))}; point --data-root at the data of the run"
+        )
+    return RunWindows(x, y, x_validation, y_validation)
+
+
+def contract_of(dataset: Dataset) -> InputContract:
+    """What a window of this data set looks like."""
+    return InputContract(
+        channels=dataset.channels,
+        rate_hz=dataset.rate_hz,
+        window=dataset.window,
+        stride=dataset.stride,
+        labels=dataset.label_names,
+    )
+
+
+def _joined(domains: tuple[Domain, ...]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    return np.concatenate([d.x for d in domains]), np.concatenate([d.y for d in domains])
