@@ -8,23 +8,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from wearfleet_protos.errors import ConfigError, DataError
-from wearfleet_protos.recording import save_recordings
 
-from wearfleet_cloud.data import DATASETS, dataset_named
-from wearfleet_cloud.data.dataset import UNKNOWN_SUBJECT, Dataset, Progress
-from wearfleet_cloud.data.download import fetch as download_archive
-from wearfleet_cloud.data.prepared import Prepared, counts_of, default_cache_dir, prepare
-from wearfleet_cloud.data.scenarios import person_groups
-from wearfleet_cloud.data.simulator import Simulation, simulated_dataset
+if TYPE_CHECKING:
+    from wearfleet_cloud.data.dataset import Dataset, Progress
+    from wearfleet_cloud.data.prepared import Prepared
 
 __all__ = ["progress_bars", "register"]
 
@@ -63,6 +58,8 @@ def progress_bars() -> Iterator[Progress]:
 @_group.command("list")
 def list_data(data_root: DataRoot = None, as_json: Json = False) -> None:
     """Every known data set, and whether it is in the data root."""
+    from wearfleet_cloud.data import DATASETS
+
     rows = [_summary(dataset) | {"found": _found(dataset, data_root)} for dataset in DATASETS.values()]
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -90,6 +87,9 @@ def describe(
     as_json: Json = False,
 ) -> None:
     """What a data set is and what was found of it: files, rows, people, windows of every class."""
+    from wearfleet_cloud.data import dataset_named
+    from wearfleet_cloud.data.prepared import counts_of, default_cache_dir, prepare
+
     dataset = dataset_named(name)
     cache = cache_dir or default_cache_dir()
     with progress_bars() as show:
@@ -124,6 +124,9 @@ def fetch(
     as_json: Json = False,
 ) -> None:
     """Download the official distribution into the data root and verify it."""
+    from wearfleet_cloud.data import dataset_named
+    from wearfleet_cloud.data.download import fetch as download_archive
+
     dataset = dataset_named(name)
     if dataset.download is None:
         raise ConfigError(f"data set {name} has no official address; there is nothing to fetch")
@@ -164,6 +167,10 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Simulate people and write what their sensors would have recorded (always marked as simulated)."""
+    from wearfleet_protos.recording import save_recordings
+
+    from wearfleet_cloud.data.simulator import Simulation, simulated_dataset
+
     simulation = Simulation(
         persons=persons, sessions=sessions, bout_s=bout_seconds, seed=seed, label_noise=label_noise
     )
@@ -211,15 +218,18 @@ def _found(dataset: Dataset, data_root: Path | None) -> bool:
 
 
 def _windows(prepared: Prepared) -> dict[str, Any]:
+    from wearfleet_cloud.data.dataset import UNKNOWN_SUBJECT
+    from wearfleet_cloud.data.scenarios import person_groups
+
     labels = prepared.dataset.label_names
-    by_class = np.bincount(prepared.windows.activity, minlength=len(labels))
+    by_class = [int((prepared.windows.activity == label).sum()) for label in range(len(labels))]
     unknown = UNKNOWN_SUBJECT in prepared.subjects
     return {
         "windows": len(prepared.windows),
         "recordings": len(prepared.entries),
         "subjects": 0 if unknown else len(prepared.subjects),
         "person_groups": [] if unknown else [list(group) for group in person_groups(prepared)],
-        "windows_by_class": {label: int(number) for label, number in zip(labels, by_class, strict=True)},
+        "windows_by_class": dict(zip(labels, by_class, strict=True)),
     }
 
 

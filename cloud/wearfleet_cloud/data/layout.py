@@ -42,7 +42,8 @@ class Source:
         digest = hashlib.sha256()
         for file in files:
             status = file.stat()
-            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            name = file.relative_to(self.path.parent).as_posix()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = ["Prepared", "RecordingEntry", "counts_of", "default_cache_dir", "prep
 _log = logging.getLogger(__name__)
 
 _FORMAT: Final = 1
+_ABANDONED_S: Final = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ def prepare(
             _log.warning("cache entry is rebuilt: %s", error)
             shutil.rmtree(folder)
     cache_dir.mkdir(parents=True, exist_ok=True)
+    _sweep(cache_dir)
     building = Path(tempfile.mkdtemp(dir=cache_dir, prefix=f".building-{dataset.name}-"))
     try:
         _build(dataset, dataset.reader.read(data_root, progress), building)
@@ -177,6 +180,13 @@ def write_replays(
         save_recordings(path, prepared.recordings_of(subject), prepared.dataset.label_names)
         paths.append(path)
     return tuple(paths)
+
+
+def _sweep(cache_dir: Path) -> None:
+    """Remove what builds that were killed more than a day ago have left."""
+    for building in cache_dir.glob(".building-*"):
+        if time.time() - building.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _key(dataset: Dataset, data_root: Path | None) -> str:

@@ -45,11 +45,17 @@ def test_list_names_every_data_set_and_whether_it_is_there(tmp_path: Path) -> No
 
 
 def test_describe_counts_what_was_found(tmp_path: Path) -> None:
-    report = run_json("describe", "simulator", "--cache-dir", tmp_path)
-    assert report["counts"]["recordings"] == 48
-    assert report["prepared"]["subjects"] == 24
+    few = tmp_path / "few.py"
+    few.write_text(
+        "from wearfleet_cloud.data.simulator import Simulation, simulated_dataset\n"
+        "DATASET = simulated_dataset(Simulation(persons=2, bouts=1, bout_s=10.0))\n"
+    )
+    report = run_json("describe", few, "--cache-dir", tmp_path)
+    assert report["counts"]["recordings"] == 4
+    assert report["counts"]["samples_by_label"]["0"] == 4 * 500
+    assert report["prepared"]["subjects"] == 2
     assert sum(report["prepared"]["windows_by_class"].values()) == report["prepared"]["windows"]
-    text = run("describe", "simulator", "--cache-dir", tmp_path)
+    text = run("describe", few, "--cache-dir", tmp_path)
     assert "(simulated)" in text
     assert str(report["prepared"]["windows"]) in text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from wearfleet_cloud.data.dataset import INERTIAL6, Counts, Dataset, Progress, silent
+from wearfleet_cloud.data.layout import Layout
 from wearfleet_cloud.data.prepared import Prepared, counts_of, prepare, write_replays
 from wearfleet_protos.errors import DataError, NotFoundError, WearfleetError
 from wearfleet_protos.recording import Recording, load_recordings
@@ -122,6 +124,28 @@ def test_a_reader_that_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="truncated"):
         prepare(dataset(reader=failing), None, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_build_left_is_removed_after_a_day_and_a_running_one_is_not_touched(
+    tmp_path: Path,
+) -> None:
+    abandoned, running = tmp_path / ".building-few-1", tmp_path / ".building-few-2"
+    abandoned.mkdir()
+    running.mkdir()
+    os.utime(abandoned, (0, 0))
+    prepare(dataset(), None, tmp_path)
+    assert not abandoned.exists()
+    assert running.exists()
+
+
+def test_a_moved_distribution_is_not_prepared_again(tmp_path: Path) -> None:
+    layout = Layout(("few",), ("few*.zip",), (".",), "*.bin")
+    archive = tmp_path / "one" / "few.zip"
+    archive.parent.mkdir()
+    archive.write_bytes(b"content")
+    before = layout.locate(archive.parent).fingerprint()
+    archive.parent.rename(tmp_path / "two")
+    assert layout.locate(tmp_path / "two").fingerprint() == before
 
 
 @pytest.mark.parametrize("file", ["x.bin", "samples.bin", "index.json", "start.bin"])
