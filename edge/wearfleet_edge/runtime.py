@@ -128,7 +128,7 @@ class Recogniser:
         begin = time.perf_counter_ns()
         self._input.update_inplace(window[None])
         self._session.run_with_iobinding(self._binding)
-        probabilities: NDArray[np.float32] = self._probabilities.numpy()[0]
+        probabilities: NDArray[np.float32] = self._probabilities.numpy()[0].copy()
         score = float(self._score.numpy()[0])
         taken = time.perf_counter_ns() - begin
         label = int(probabilities.argmax())

@@ -200,17 +200,20 @@ def _enforce(plan: Plan, limits: Limits, begin: float) -> None:
 
 
 class _Cells:
-    """Two buffers a state tensor: the present value, and where the next step writes."""
+    """Two buffers a state tensor: the present value, and where the next step writes.
+
+    Values are copied on the way in and out, because ONNX Runtime may share memory with NumPy.
+    """
 
     def __init__(self, plan: Plan, state: Tensors) -> None:
         self.specs = {spec.name: spec for spec in plan.tensors}
-        self.present = {name: ort.OrtValue.ortvalue_from_numpy(state[name]) for name in self.specs}
+        self.present = {name: ort.OrtValue.ortvalue_from_numpy(state[name].copy()) for name in self.specs}
         self.spare: dict[str, ort.OrtValue] = {}
 
     def reserve(self, name: str) -> None:
         """Make sure that a tensor has a second buffer."""
         if name not in self.spare:
-            self.spare[name] = ort.OrtValue.ortvalue_from_numpy(self.present[name].numpy())
+            self.spare[name] = ort.OrtValue.ortvalue_from_numpy(self.present[name].numpy().copy())
 
     def swap(self, name: str) -> None:
         """What was written becomes the present value."""
