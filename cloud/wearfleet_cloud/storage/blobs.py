@@ -201,6 +201,7 @@ class Upload:
 
         Raises:
             IntegrityError: the bytes do not match the digest; they are thrown away.
+            ConflictError: the upload was dropped meanwhile.
         """
         self._file.close()
         found = "sha256:" + self._hash.hexdigest()
@@ -209,5 +210,10 @@ class Upload:
             raise IntegrityError(
                 f"uploaded bytes hash to {found}, announced was {self._digest}; upload again"
             )
-        self._target.parent.mkdir(exist_ok=True, mode=0o700)
-        self._partial.replace(self._target)
+        try:
+            self._target.parent.mkdir(exist_ok=True, mode=0o700)
+            self._partial.replace(self._target)
+        except FileNotFoundError as error:
+            raise ConflictError(
+                f"upload of {self._digest} was dropped meanwhile; nobody waits for it"
+            ) from error

@@ -96,7 +96,7 @@ class TelemetryStore:
         return ids
 
 
-def recent_predictions(connection: Connection, device_id: str, limit: int) -> Sequence[Mapping[str, Any]]:
+def recent_predictions(connection: Connection, device_id: str, limit: int) -> list[Row]:
     """The newest predictions of a device, oldest first, with the boot id of their stream."""
     query = (
         sa.select(predictions, streams.c.boot_id)
@@ -105,7 +105,7 @@ def recent_predictions(connection: Connection, device_id: str, limit: int) -> Se
         .order_by(predictions.c.received_ns.desc(), predictions.c.sequence.desc())
         .limit(limit)
     )
-    return list(connection.execute(query).mappings())[::-1]
+    return [dict(row) for row in connection.execute(query).mappings()][::-1]
 
 
 def _insert(

@@ -1,0 +1,373 @@
+"""The life of federated runs: one at a time, each round a state machine in the database.
+
+Every transition is one transaction, written before anything acts on it. What is in memory only (who waits for a task,
+how far a device says it is) can be lost at any time; a killed service reads the round back and goes on.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+from wearfleet_protos.errors import TransportError, WearfleetError
+from wearfleet_protos.tensors import Digest
+
+from wearfleet_cloud.config import FederationConfig
+from wearfleet_cloud.federated.cohort import select_cohort
+from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState
+from wearfleet_cloud.federated.round_events import (
+    Aborted,
+    Aggregated,
+    AggregationFailed,
+    Answer,
+    AnswerStatus,
+    ArmDeadline,
+    ClientDeclined,
+    CohortSelected,
+    DeadlinePassed,
+    Effect,
+    Event,
+    InviteClients,
+    SelectCohort,
+    ServiceRestarted,
+    StartAggregation,
+    TaskFetched,
+)
+from wearfleet_cloud.fleet.signing import SigningKeys
+from wearfleet_cloud.service.directory import Directory
+from wearfleet_cloud.service.folding import Folding
+from wearfleet_cloud.service.live import FinishedRound, LiveState
+from wearfleet_cloud.service.metrics import Metrics
+from wearfleet_cloud.service.round_keeper import RoundKeeper, first_round, kept_round, successor
+from wearfleet_cloud.service.round_view import accuracy, finished_round, round_view
+from wearfleet_cloud.service.run_context import ActiveRun, load_run
+from wearfleet_cloud.service.run_setup import TENSORS_MEDIA_TYPE
+from wearfleet_cloud.service.updates import UpdateStore
+from wearfleet_cloud.service.waiting_room import WaitingRoom
+from wearfleet_cloud.storage.blobs import Blobs
+from wearfleet_cloud.storage.catalog import insert_artifact
+from wearfleet_cloud.storage.database import Database
+from wearfleet_cloud.storage.run_records import (
+    RunRow,
+    Submission,
+    find_run,
+    finish_run,
+    insert_submission,
+    list_rounds,
+    list_submissions,
+    next_running,
+    set_run_tensors,
+)
+
+__all__ = ["Coordinator", "FederationParts"]
+
+_LOGGER: Final = logging.getLogger(__name__)
+_RETRY_S: Final = 1.0
+
+Work = Callable[[Connection], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FederationParts:
+    """What federated runs need of the service; ``on_tensors`` gets new global tensors to serve from memory."""
+
+    config: FederationConfig
+    database: Database
+    blobs: Blobs
+    keys: SigningKeys
+    updates: UpdateStore
+    directory: Directory
+    live: LiveState
+    metrics: Metrics
+    on_tensors: Callable[[Digest, bytes], None]
+
+
+class Coordinator:
+    """Runs, the oldest first, and the present round. ``happen`` wants its caller to hold ``lock``.
+
+    Args:
+        parts: what it needs of the service.
+    """
+
+    def __init__(self, parts: FederationParts) -> None:
+        self.run: ActiveRun | None = None
+        self.keeper: RoundKeeper | None = None
+        self.lock = asyncio.Lock()
+        self.room = WaitingRoom(parts.config.recent_s)
+        self.stopping = False
+        self._parts = parts
+        self._folding = Folding(parts.blobs, parts.updates, parts.on_tensors)
+        self._history: tuple[FinishedRound, ...] = ()
+        self._took_part: set[str] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def stop(self) -> None:
+        """Let go: waiting devices get their answer, aggregation under way is done again after the next start."""
+        self.stopping = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self.room.wake_all()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def refresh(self) -> None:
+        """Notice runs that were started or stopped, and devices that were revoked, by a command."""
+        async with self.lock:
+            if self.run is None:
+                await self._adopt()
+                return
+            run_id = self.run.run_id
+            row = await self._parts.database.run(lambda connection: find_run(connection, run_id))
+            if row.state != "running":
+                await self.happen(Aborted(row.reason or "stopped"))
+                return
+            for device_id in self._parts.directory.revoked:
+                if self.keeper is not None and self.keeper.open_for(device_id):
+                    await self.happen(ClientDeclined(device_id, "revoked"))
+
+    async def start_planned(self) -> None:
+        """Choose the clients of a planned round if enough are there now."""
+        if self.keeper is not None and self.keeper.round.state == RoundState.PLANNED:
+            async with self.lock:
+                if self.keeper is not None and self.keeper.round.state == RoundState.PLANNED:
+                    event = self._cohort(self.keeper)
+                    if event is not None:
+                        await self.happen(event)
+
+    async def happen(self, event: Event, submission: Submission | None = None, *works: Work) -> Answer | None:
+        """One transition: decide, write, act. The caller holds the lock.
+
+        Raises:
+            TransportError: the database is busy or away; nothing has changed.
+            ProtocolError: the event cannot happen now.
+        """
+        keeper = self.keeper
+        assert keeper is not None
+        before = keeper.round
+        after, effects = keeper.after(event)
+        answer = next((effect for effect in effects if isinstance(effect, Answer)), None)
+        todo = list(works)
+        if submission is not None and answer is not None and answer.status == AnswerStatus.ACCEPTED:
+            todo.append(lambda connection: insert_submission(connection, submission))
+            keeper.submissions[submission.device_id] = submission
+        if after is not before and not isinstance(
+            event, TaskFetched
+        ):  # who fetched a task is written with the next change
+            todo.append(keeper.save(after))
+        ended = after.state in TERMINAL and not keeper.closed
+        following = self._prepare_next(keeper, after, todo) if ended else None
+        if todo:
+            await self._parts.database.run(lambda connection: _carry_out(connection, todo))
+        keeper.round = after
+        self._act(keeper, effects)
+        if ended:
+            await self._go_on(keeper, following)
+        self.show()
+        return answer
+
+    def show(self) -> None:
+        """Tell the live page."""
+        run, keeper = self.run, self.keeper
+        if run is None or keeper is None:
+            return
+        live = self._parts.live
+        view = round_view(
+            run,
+            keeper.round,
+            keeper.kind,
+            stages=keeper.stages,
+            submissions=keeper.submissions,
+            history=self._history,
+        )
+        live.on_round(view)
+        for device_id, submission in keeper.submissions.items():
+            base = accuracy(submission.metrics, "base")
+            if base is not None:
+                live.on_accuracy(device_id, base, accuracy(submission.metrics, "evaluate_local"))
+
+    def _cohort(self, keeper: RoundKeeper) -> CohortSelected | None:
+        """The clients of a planned round; None while too few are there."""
+        assert self.run is not None
+        settings, devices = self.run.settings, self._parts.directory.devices
+        active = {name for name, device in devices.items() if device.revoked_ns is None}
+        if keeper.kind == "personalise":
+            chosen = tuple(sorted(self._took_part & active))
+            return CohortSelected(chosen, len(chosen)) if chosen else None
+        chosen = select_cohort(
+            self.room.connected() & active,
+            settings.cohort,
+            seed=settings.seed,
+            round_number=keeper.round.number,
+        )
+        return CohortSelected(chosen, settings.cohort.wanted(len(chosen))) if chosen else None
+
+    def _prepare_next(self, keeper: RoundKeeper, closed: Round, todo: list[Work]) -> RoundKeeper | None:
+        """The next round, with its writes (or the end of the run) added to those of the closed one."""
+        run = self.run
+        assert run is not None
+        self._took_part |= set(closed.invited)
+        if closed.state == RoundState.PUBLISHED:
+            todo.append(lambda connection: set_run_tensors(connection, run.run_id, closed.result))
+        following = successor(run, closed, keeper.kind)
+        event = None if following is None else self._cohort(following)
+        if following is not None and event is not None:
+            following.round, _ = following.after(event)
+        if following is None or (event is None and following.kind == "personalise"):
+            state = "stopped" if closed.state == RoundState.ABORTED else "done"
+            todo.append(_finishing(run.run_id, state, closed.reason))
+            return None
+        todo.append(following.save(following.round))
+        return following
+
+    async def _go_on(self, closed: RoundKeeper, following: RoundKeeper | None) -> None:
+        metrics, seconds = self._parts.metrics, (time.time_ns() - closed.opened_ns) * 1e-9
+        metrics.rounds.labels(str(closed.round.state)).inc()
+        metrics.round_seconds.observe(seconds)
+        if closed.kind == "train":
+            finished = finished_round(closed.round.number, closed.submissions, seconds)
+            self._history = (*self._history, finished)
+        self.show()
+        if self._timer is not None:
+            self._timer.cancel()
+        if following is None:
+            _LOGGER.info("run %s ended: %s", closed.round.run_id, closed.round.reason or "done")
+            self.run = self.keeper = None
+            await self._adopt()
+            return
+        self.keeper = following
+        self._enter(following)
+
+    def _enter(self, keeper: RoundKeeper) -> None:
+        """Begin to act on a round that comes from the database or was just written there."""
+        tag = f"{keeper.round.run_id}-{keeper.round.number}"
+        self._parts.updates.begin(tag)
+        self._spawn(asyncio.to_thread(self._parts.updates.sweep))
+        _, effects = keeper.after(ServiceRestarted())
+        self._act(keeper, effects)
+
+    def _act(self, keeper: RoundKeeper, effects: tuple[Effect, ...]) -> None:
+        for effect in effects:
+            match effect:
+                case InviteClients():
+                    self.room.wake(effect.clients)
+                case SelectCohort():
+                    self.room.wake_all()  # the first one that looks again chooses the cohort
+                case ArmDeadline():
+                    self._arm(keeper, effect.at)
+                case StartAggregation():
+                    self._spawn(self._aggregate(keeper, effect.updates))
+                case _:  # answers go back to the caller, releases are told by report()
+                    pass
+
+    def _arm(self, keeper: RoundKeeper, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        loop = asyncio.get_running_loop()
+        delay = max(0.0, at - time.time())
+        self._timer = loop.call_later(delay, lambda: self._spawn(self._surely(keeper, DeadlinePassed())))
+
+    async def _surely(self, keeper: RoundKeeper, event: Event, works: tuple[Work, ...] = ()) -> None:
+        """An event that nobody would repeat: try until the database takes it or the round is over."""
+        while True:
+            async with self.lock:
+                aborted = keeper.round.state == RoundState.ABORTED
+                if keeper is not self.keeper or aborted:
+                    return
+                try:
+                    await self.happen(event, None, *works)
+                except TransportError as error:
+                    _LOGGER.warning("round %d of %s: %s", keeper.round.number, keeper.round.run_id, error)
+                else:
+                    return
+            await asyncio.sleep(_RETRY_S)
+
+    async def _aggregate(self, keeper: RoundKeeper, updates: Mapping[str, Digest]) -> None:
+        run = self.run
+        assert run is not None
+        event: Event
+        works: tuple[Work, ...] = ()
+        try:
+            if keeper.kind == "personalise":
+                event = Aggregated(keeper.round.base)
+            else:
+                digest, size = await asyncio.to_thread(self._folding.fold, run, keeper.round, updates)
+                event, works = Aggregated(digest), (_note_tensors(digest, size),)
+        except WearfleetError as error:
+            _LOGGER.error("round %d of %s: %s", keeper.round.number, run.run_id, error)  # noqa: TRY400 - says it all
+            event = AggregationFailed(str(error)[:400])
+        await self._surely(keeper, event, works)
+
+    async def _adopt(self) -> None:
+        """Take the oldest run that is not finished. The caller holds the lock."""
+        while self.run is None:
+            row = await self._parts.database.run(next_running)
+            if row is None:
+                self._parts.updates.begin("")
+                self._spawn(asyncio.to_thread(self._parts.updates.sweep))
+                return
+            try:
+                await self._take(row)
+            except WearfleetError as error:
+                _LOGGER.error("run %s cannot go on: %s", row.run_id, error)  # noqa: TRY400 - says it all
+                self.run = self.keeper = None
+                await self._parts.database.run(_finishing(row.run_id, "stopped", str(error)))
+
+    async def _take(self, row: RunRow) -> None:
+        run = await asyncio.to_thread(load_run, row, self._parts.blobs, self._parts.keys)
+        rows, handed_in = await self._parts.database.run(
+            lambda c: (list_rounds(c, row.run_id), list_submissions(c, row.run_id))
+        )
+        by_round: dict[int, list[Submission]] = {}
+        for submission in handed_in:
+            by_round.setdefault(submission.round, []).append(submission)
+        keepers = [kept_round(r, by_round.get(r.round, ())) for r in rows]
+        self.run = run
+        self.keeper = keepers[-1] if keepers else first_round(run)
+        self._took_part = {client for keeper in keepers for client in keeper.round.invited}
+        self._history = tuple(
+            finished_round(k.round.number, k.submissions, ((r.closed_ns or r.opened_ns) - r.opened_ns) * 1e-9)
+            for k, r in zip(keepers, rows, strict=True)
+            if k.closed and k.kind == "train"
+        )
+        if not keepers:
+            await self._parts.database.run(self.keeper.save(self.keeper.round))
+        _LOGGER.info("run %s: round %d of %d", run.run_id, self.keeper.round.number, run.settings.rounds)
+        self._enter(self.keeper)
+        self.show()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(_logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _logged(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except (WearfleetError, sa.exc.SQLAlchemyError, OSError):
+        _LOGGER.exception("federation: work in the background failed")
+
+
+def _carry_out(connection: Connection, works: list[Work]) -> None:
+    for work in works:
+        work(connection)
+
+
+def _finishing(run_id: str, state: str, reason: str) -> Work:
+    now_ns = time.time_ns()
+
+    def work(connection: Connection) -> None:
+        finish_run(connection, run_id, state, now_ns, reason)
+
+    return work
+
+
+def _note_tensors(digest: Digest, size_bytes: int) -> Work:
+    now_ns = time.time_ns()
+    return lambda connection: insert_artifact(connection, digest, size_bytes, TENSORS_MEDIA_TYPE, now_ns)

@@ -1,0 +1,186 @@
+"""What devices ask of federated runs: a task, an upload, a submission. The run itself is the coordinator's."""
+
+import asyncio
+import logging
+import time
+from typing import Final
+
+from wearfleet_protos.errors import ConflictError, DeniedError, IntegrityError, ShapeError
+from wearfleet_protos.tensors import Digest
+
+from wearfleet_cloud.federated.round_events import (
+    Answer,
+    AnswerStatus,
+    ClientDeclined,
+    TaskFetched,
+    UpdateRejected,
+    UpdateSubmitted,
+)
+from wearfleet_cloud.service.coordinator import Coordinator, FederationParts
+from wearfleet_cloud.service.live import Stage
+from wearfleet_cloud.service.round_keeper import RoundKeeper
+from wearfleet_cloud.service.run_context import Task, attempt_id_for
+from wearfleet_cloud.storage.run_records import Submission, find_submission
+
+__all__ = ["Federation"]
+
+_LOGGER: Final = logging.getLogger(__name__)
+
+
+class Federation:
+    """The calls of devices.
+
+    Args:
+        parts: what runs need of the service.
+        coordinator: of the runs.
+    """
+
+    def __init__(self, parts: FederationParts, coordinator: Coordinator) -> None:
+        self._parts, self._coordinator = parts, coordinator
+
+    async def poll(self, device_id: str, wait_s: float) -> Task | None:
+        """A task for this device, at once or within ``wait_s``; None when there is none."""
+        until = time.monotonic() + wait_s
+        self._coordinator.room.note(device_id)
+        while True:
+            await self._coordinator.start_planned()
+            task = self._task_for(device_id)
+            left = until - time.monotonic()
+            if task is not None or left <= 0 or self._coordinator.stopping:
+                break
+            await self._coordinator.room.wait(device_id, left)
+        if task is not None:
+            await self._note_fetched(device_id, task)
+        return task
+
+    def report(self, device_id: str, run_id: str, round_number: int, stage: Stage) -> bool:
+        """Note how far a device is; False when its work is not wanted any more."""
+        keeper = self._present(run_id, round_number)
+        if keeper is None or not keeper.open_for(device_id):
+            return False
+        keeper.stages[device_id] = stage
+        self._coordinator.show()
+        return True
+
+    def may_upload(self, device_id: str) -> bool:
+        """True while a device has an open training task."""
+        keeper = self._coordinator.keeper
+        return keeper is not None and keeper.kind == "train" and keeper.open_for(device_id)
+
+    def count_download(self, size_bytes: int) -> None:
+        """Bytes of tensors sent to a device in the present round."""
+        self._parts.metrics.update_bytes.labels("down").inc(size_bytes)
+        if self._coordinator.keeper is not None:
+            self._coordinator.keeper.bytes_down += size_bytes
+
+    async def decline(self, device_id: str, run_id: str, round_number: int, reason: str) -> None:
+        """A device turns its task down; late or unknown tasks are ignored.
+
+        Raises:
+            DeniedError: it was not invited.
+        """
+        async with self._coordinator.lock:
+            keeper = self._present(run_id, round_number)
+            if keeper is None:
+                return
+            if device_id not in keeper.round.invited:
+                raise DeniedError(f"device {device_id} was not invited to round {round_number} of {run_id}")
+            await self._coordinator.happen(ClientDeclined(device_id, reason[:200]))
+
+    async def submit(self, submission: Submission, base_digest: str) -> Answer:
+        """Take a submission in; safe to repeat.
+
+        Raises:
+            DeniedError: the device was not invited, or the attempt is not its own.
+            NotFoundError: the update was not uploaded.
+            ConflictError: another update of this device was accepted before.
+        """
+        keeper = self._present(submission.run_id, submission.round)
+        if keeper is None:
+            return await self._late(submission)
+        expected = attempt_id_for(submission.run_id, submission.round, submission.device_id)
+        if submission.device_id not in keeper.round.invited or submission.attempt_id != expected:
+            raise DeniedError(
+                f"device {submission.device_id} has no attempt {submission.attempt_id[:40]!r} in this round"
+            )
+        reason = (
+            await self._fault(keeper, submission, base_digest)
+            if keeper.open_for(submission.device_id)
+            else ""
+        )
+        async with self._coordinator.lock:
+            if keeper is not self._coordinator.keeper:
+                return await self._late(submission)
+            answer = await self._coordinator.happen(_event_of(submission, reason), submission)
+        assert answer is not None
+        self._parts.metrics.submissions.labels(str(answer.status)).inc()
+        if answer.status == AnswerStatus.CONFLICT:
+            raise ConflictError(answer.reason)
+        return answer
+
+    async def _fault(self, keeper: RoundKeeper, submission: Submission, base_digest: str) -> str:
+        """Why a submission cannot be used; empty when it can."""
+        assert self._coordinator.run is not None
+        if base_digest != keeper.round.base:
+            return f"it started from {base_digest[:80]!r}, the round from {keeper.round.base}"
+        if keeper.kind == "personalise":
+            return "" if not submission.update_digest else "a personalisation keeps its tensors on the device"
+        updates, specs = self._parts.updates, self._coordinator.run.upload_specs
+        device_id, digest = submission.device_id, Digest(submission.update_digest)
+        try:
+            await asyncio.to_thread(updates.check, device_id, digest, specs)
+        except (ShapeError, IntegrityError) as error:
+            _LOGGER.warning("update of %s refused: %s", device_id, error)
+            return str(error)[:400]
+        keeper.bytes_up += (size := updates.size(device_id, digest))
+        self._parts.metrics.update_bytes.labels("up").inc(size)
+        return ""
+
+    async def _late(self, submission: Submission) -> Answer:
+        """The answer to a submission of a round that is over."""
+        known = await self._parts.database.run(
+            lambda connection: find_submission(
+                connection, submission.run_id, submission.round, submission.attempt_id
+            )
+        )
+        own = known is not None and known.device_id == submission.device_id
+        if own and known is not None and known.update_digest == submission.update_digest:
+            return Answer(submission.device_id, AnswerStatus.DUPLICATE)
+        return Answer(submission.device_id, AnswerStatus.STALE, "the round is over")
+
+    def _present(self, run_id: str, round_number: int) -> RoundKeeper | None:
+        keeper = self._coordinator.keeper
+        same = keeper is not None and (keeper.round.run_id, keeper.round.number) == (run_id, round_number)
+        return keeper if same else None
+
+    def _task_for(self, device_id: str) -> Task | None:
+        run, keeper = self._coordinator.run, self._coordinator.keeper
+        if run is None or keeper is None or not keeper.open_for(device_id):
+            return None
+        current = keeper.round
+        return Task(
+            run_id=run.run_id,
+            round=current.number,
+            attempt_id=attempt_id_for(run.run_id, current.number, device_id),
+            kind=keeper.kind,
+            plan_digest=run.row.plan_digest,
+            plan_bytes=run.plan_bytes,
+            tensors_digest=current.base,
+            tensors_bytes=self._parts.blobs.size(current.base),
+            deadline=current.deadline,
+        )
+
+    async def _note_fetched(self, device_id: str, task: Task) -> None:
+        async with self._coordinator.lock:
+            keeper = self._present(task.run_id, task.round)
+            if keeper is not None:
+                keeper.stages.setdefault(device_id, Stage.FETCHED)
+                await self._coordinator.happen(TaskFetched(device_id))
+
+
+def _event_of(submission: Submission, reason: str) -> UpdateSubmitted | UpdateRejected:
+    if reason:
+        return UpdateRejected(submission.device_id, submission.attempt_id, reason)
+    return UpdateSubmitted(
+        submission.device_id, submission.attempt_id, Digest(submission.update_digest), submission.num_examples
+    )

@@ -1,0 +1,104 @@
+"""One round under way: the state machine's value, its row in the database, and what the page shows of it."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from sqlalchemy.engine import Connection
+from wearfleet_protos.tensors import Digest
+
+from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState, advance
+from wearfleet_cloud.federated.round_events import Effect, Event
+from wearfleet_cloud.service.live import Stage
+from wearfleet_cloud.service.run_context import ActiveRun, RoundKind
+from wearfleet_cloud.storage.run_records import RoundRow, Submission, save_round
+
+__all__ = ["RoundKeeper", "first_round", "kept_round", "successor"]
+
+
+@dataclass(slots=True)
+class RoundKeeper:
+    """The present round; changed by one coordinator only."""
+
+    round: Round
+    kind: RoundKind
+    opened_ns: int
+    bytes_down: int = 0
+    bytes_up: int = 0
+    stages: dict[str, Stage] = field(default_factory=dict)
+    submissions: dict[str, Submission] = field(default_factory=dict)
+
+    @property
+    def closed(self) -> bool:
+        """True when nothing can change any more."""
+        return self.round.state in TERMINAL
+
+    def open_for(self, device_id: str) -> bool:
+        """True when this device is invited and has not answered."""
+        current = self.round
+        answered = (
+            current.accepted(device_id) is not None
+            or device_id in dict(current.declined)
+            or device_id in dict(current.rejected)
+        )
+        return current.state == RoundState.RUNNING and device_id in current.invited and not answered
+
+    def after(self, event: Event) -> tuple[Round, tuple[Effect, ...]]:
+        """What an event would make of the round; nothing is changed."""
+        return advance(self.round, event, time.time())
+
+    def row(self, current: Round) -> RoundRow:
+        """The row of a value of this round."""
+        return RoundRow(
+            run_id=current.run_id,
+            round=current.number,
+            kind=self.kind,
+            state=str(current.state),
+            base_digest=current.base,
+            opened_ns=self.opened_ns,
+            snapshot=current.to_dict(),
+            result_digest=current.result or None,
+            closed_ns=time.time_ns() if current.state in TERMINAL else None,
+            bytes_down=self.bytes_down,
+            bytes_up=self.bytes_up,
+        )
+
+    def save(self, current: Round) -> Callable[[Connection], None]:
+        """Work that stores a value of this round."""
+        row = self.row(current)
+        return lambda connection: save_round(connection, row)
+
+
+def first_round(run: ActiveRun) -> RoundKeeper:
+    """Round 1, from the start values of the run."""
+    start = Digest(run.row.tensors_digest)
+    return RoundKeeper(Round(run.run_id, 1, start, run.settings.policy), "train", time.time_ns())
+
+
+def kept_round(row: RoundRow, submissions: Iterable[Submission]) -> RoundKeeper:
+    """A round as it was stored.
+
+    Raises:
+        ProtocolError: the row cannot be read.
+    """
+    kind: RoundKind = "personalise" if row.kind == "personalise" else "train"
+    keeper = RoundKeeper(Round.from_dict(row.snapshot), kind, row.opened_ns, row.bytes_down, row.bytes_up)
+    keeper.submissions = {submission.device_id: submission for submission in submissions}
+    return keeper
+
+
+def successor(run: ActiveRun, closed: Round, kind: RoundKind) -> RoundKeeper | None:
+    """The round after a closed one; None when the run is over.
+
+    A round that gave no model counts too: its number is used up, and the next one starts from the same tensors.
+    """
+    number = closed.number + 1
+    if closed.state == RoundState.ABORTED or kind == "personalise":
+        return None
+    base = Digest(closed.result) if closed.state == RoundState.PUBLISHED else closed.base
+    if number <= run.settings.rounds:
+        return RoundKeeper(Round(run.run_id, number, base, run.settings.policy), "train", time.time_ns())
+    if not run.settings.personalise:
+        return None
+    policy = replace(run.settings.policy, quorum=1, min_examples=1, extension_s=0.0)  # nothing is averaged
+    return RoundKeeper(Round(run.run_id, number, base, policy), "personalise", time.time_ns())

@@ -1,0 +1,337 @@
+"""The gRPC server: thin methods that translate messages and call the handlers.
+
+Two ports, because gRPC in Python can only demand a client certificate or not ask for one: one port for enrolment, with
+the server's certificate alone, and one for everything else, with mutual TLS.
+"""
+
+import math
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+from wearfleet_protos.errors import ConfigError, ProtocolError
+from wearfleet_protos.v1 import artifact_pb2, enrolment_pb2, federation_pb2, fleet_pb2
+
+from wearfleet_cloud.federated.round_events import AnswerStatus
+from wearfleet_cloud.fleet.identity import ServerFiles
+from wearfleet_cloud.fleet.signing import SigningKeys
+from wearfleet_cloud.service.broker import free_port
+from wearfleet_cloud.service.enrolment import Enrolment
+from wearfleet_cloud.service.federation import Federation
+from wearfleet_cloud.service.handlers import Artifacts, ChunkIn, Fleet, Reported, check_metrics
+from wearfleet_cloud.service.live import Stage
+from wearfleet_cloud.service.rpc_guard import Guard
+from wearfleet_cloud.service.run_context import Task
+from wearfleet_cloud.storage.run_records import Submission
+
+__all__ = ["Addresses", "RpcParts", "RpcServer"]
+
+_LONGEST_WAIT_S: Final = 60.0
+_NOTHING_RETRY_S: Final = 0.0
+_OPTIONS: Final = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.max_send_message_length", 4 * 1024 * 1024),
+    ("grpc.max_concurrent_streams", 1000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+)
+_STAGES: Final = {
+    federation_pb2.TASK_STAGE_FETCHED: Stage.FETCHED,
+    federation_pb2.TASK_STAGE_TRAINING: Stage.TRAINING,
+    federation_pb2.TASK_STAGE_UPLOADING: Stage.TRAINING,
+}
+_RECEIPTS: Final = {
+    AnswerStatus.ACCEPTED: federation_pb2.RECEIPT_STATUS_ACCEPTED,
+    AnswerStatus.DUPLICATE: federation_pb2.RECEIPT_STATUS_DUPLICATE,
+    AnswerStatus.STALE: federation_pb2.RECEIPT_STATUS_STALE,
+    AnswerStatus.REJECTED: federation_pb2.RECEIPT_STATUS_REJECTED,
+    AnswerStatus.DENIED: federation_pb2.RECEIPT_STATUS_REJECTED,
+}
+_KINDS: Final = {
+    "train": federation_pb2.TASK_KIND_TRAIN,
+    "personalise": federation_pb2.TASK_KIND_PERSONALISE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """What a device is told at enrolment: where the other services and the broker are."""
+
+    cloud: str
+    broker_host: str
+    broker_port: int
+    broker_tls: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RpcParts:
+    """What the methods call."""
+
+    guard: Guard
+    enrolment: Enrolment
+    artifacts: Artifacts
+    federation: Federation
+    fleet: Fleet
+    keys: SigningKeys
+
+
+class RpcServer:
+    """Both gRPC servers.
+
+    Args:
+        parts: what the methods call.
+        files: certificate, key and authority.
+        host: address to bind to.
+        port: mutual TLS; 0 means any free one.
+        enrol_port: enrolment; 0 means any free one.
+    """
+
+    def __init__(self, parts: RpcParts, files: ServerFiles, *, host: str, port: int, enrol_port: int) -> None:
+        self._parts, self._host = parts, host
+        pair = [(files.key.read_bytes(), files.certificate.read_bytes())]
+        self._mutual = grpc.ssl_server_credentials(pair, files.ca.read_bytes(), require_client_auth=True)
+        self._plain = grpc.ssl_server_credentials(pair)
+        self.port = free_port(host, port, "service.port")
+        self.enrol_port = free_port(host, enrol_port, "service.enrol_port")
+        self._addresses: Addresses | None = None
+        self._health = health.aio.HealthServicer()
+        self._servers = [grpc.aio.server(options=_OPTIONS), grpc.aio.server(options=_OPTIONS)]
+
+    async def start(self, addresses: Addresses) -> None:
+        """Listen on both ports.
+
+        Raises:
+            ConfigError: a port was taken meanwhile.
+        """
+        self._addresses = addresses
+        main, enrol = self._servers
+        main.add_generic_rpc_handlers(tuple(self._main_services()))
+        enrol.add_generic_rpc_handlers((_service("EnrolmentService", {"Enrol": self._enrol_method()}),))
+        names = [
+            f"wearfleet.v1.{name}"
+            for name in ("EnrolmentService", "ArtifactService", "FederationService", "FleetService")
+        ]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], main)
+        for server, port, credentials in (
+            (main, self.port, self._mutual),
+            (enrol, self.enrol_port, self._plain),
+        ):
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            try:
+                server.add_secure_port(f"{_bracketed(self._host)}:{port}", credentials)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"cannot listen on {self._host}:{port}: {error}; choose another port"
+                ) from error
+            await server.start()
+        for name in ("", *names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def refuse_new(self) -> None:
+        """Tell load balancers to go elsewhere; calls still work."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_s: float) -> None:
+        """Let calls under way finish, then close."""
+        for server in self._servers:
+            await server.stop(grace_s)
+
+    def _main_services(self) -> list[grpc.GenericRpcHandler]:
+        guard = self._parts.guard
+        return [
+            _service(
+                "EnrolmentService",
+                {
+                    "RenewCertificate": guard.unary(
+                        "RenewCertificate", enrolment_pb2.RenewCertificateRequest, self._renew
+                    )
+                },
+            ),
+            _service(
+                "ArtifactService",
+                {
+                    "StatArtifact": guard.unary("StatArtifact", artifact_pb2.StatArtifactRequest, self._stat),
+                    "DownloadArtifact": guard.download(
+                        "DownloadArtifact", artifact_pb2.DownloadArtifactRequest, self._download
+                    ),
+                    "UploadArtifact": guard.upload(
+                        "UploadArtifact", artifact_pb2.UploadArtifactRequest, self._upload
+                    ),
+                },
+            ),
+            _service(
+                "FederationService",
+                {
+                    "PollTask": guard.unary("PollTask", federation_pb2.PollTaskRequest, self._poll),
+                    "ReportStage": guard.unary(
+                        "ReportStage", federation_pb2.ReportStageRequest, self._report
+                    ),
+                    "SubmitUpdate": guard.unary(
+                        "SubmitUpdate", federation_pb2.SubmitUpdateRequest, self._submit
+                    ),
+                    "DeclineTask": guard.unary(
+                        "DeclineTask", federation_pb2.DeclineTaskRequest, self._decline
+                    ),
+                },
+            ),
+            _service(
+                "FleetService",
+                {"Heartbeat": guard.unary("Heartbeat", fleet_pb2.HeartbeatRequest, self._heartbeat)},
+            ),
+        ]
+
+    def _enrol_method(self) -> grpc.RpcMethodHandler[Any, Any]:
+        return self._parts.guard.anonymous("Enrol", enrolment_pb2.EnrolRequest, self._enrol)
+
+    async def _enrol(self, request: enrolment_pb2.EnrolRequest) -> enrolment_pb2.EnrolResponse:
+        assert self._addresses is not None
+        enrolled = await self._parts.enrolment.enrol(request.code, request.csr_der, request.agent_version)
+        keys = self._parts.keys.public_keys
+        return enrolment_pb2.EnrolResponse(
+            tenant=enrolled.device.tenant,
+            device_id=enrolled.device.device_id,
+            certificate_chain_pem=enrolled.certificate.chain_pem,
+            broker=enrolment_pb2.BrokerAddress(
+                host=self._addresses.broker_host,
+                port=self._addresses.broker_port,
+                tls=self._addresses.broker_tls,
+            ),
+            signing_keys=[
+                enrolment_pb2.SigningKey(key_id=name, public_key=raw) for name, raw in keys.items()
+            ],
+            cloud_address=self._addresses.cloud,
+        )
+
+    async def _renew(
+        self, device_id: str, request: enrolment_pb2.RenewCertificateRequest
+    ) -> enrolment_pb2.RenewCertificateResponse:
+        certificate = await self._parts.enrolment.renew(device_id, request.csr_der)
+        return enrolment_pb2.RenewCertificateResponse(certificate_chain_pem=certificate.chain_pem)
+
+    async def _stat(
+        self, device_id: str, request: artifact_pb2.StatArtifactRequest
+    ) -> artifact_pb2.StatArtifactResponse:
+        state = self._parts.artifacts.stat(device_id, request.digest)
+        return artifact_pb2.StatArtifactResponse(
+            complete=state.complete, size_bytes=state.size_bytes, committed_offset=state.committed_offset
+        )
+
+    async def _download(
+        self,
+        device_id: str,  # noqa: ARG002 - every enrolled device may download what is shared
+        request: artifact_pb2.DownloadArtifactRequest,
+    ) -> AsyncIterator[bytes]:
+        for message in self._parts.artifacts.download(request.digest, request.offset):
+            yield message
+
+    async def _upload(
+        self, device_id: str, requests: AsyncIterator[artifact_pb2.UploadArtifactRequest]
+    ) -> artifact_pb2.UploadArtifactResponse:
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("message") != "start":
+            raise ProtocolError("the first message of an upload must be its start")
+        start = first.start
+        state = await self._parts.artifacts.upload(
+            device_id, start.digest, start.size_bytes, start.offset, _chunks(requests)
+        )
+        return artifact_pb2.UploadArtifactResponse(
+            committed_offset=state.committed_offset, complete=state.complete
+        )
+
+    async def _poll(
+        self, device_id: str, request: federation_pb2.PollTaskRequest
+    ) -> federation_pb2.PollTaskResponse:
+        wait_s = request.wait_seconds if math.isfinite(request.wait_seconds) else 0.0
+        task = await self._parts.federation.poll(device_id, min(max(wait_s, 0.0), _LONGEST_WAIT_S))
+        if task is None:
+            return federation_pb2.PollTaskResponse(retry_after_seconds=_NOTHING_RETRY_S)
+        return federation_pb2.PollTaskResponse(task=_task(task))
+
+    async def _report(
+        self, device_id: str, request: federation_pb2.ReportStageRequest
+    ) -> federation_pb2.ReportStageResponse:
+        stage = _STAGES.get(request.stage)
+        if stage is None:
+            raise ProtocolError(f"unknown stage {request.stage}")
+        wanted = self._parts.federation.report(device_id, request.run_id, request.round, stage)
+        return federation_pb2.ReportStageResponse(wanted=wanted)
+
+    async def _submit(
+        self, device_id: str, request: federation_pb2.SubmitUpdateRequest
+    ) -> federation_pb2.SubmitUpdateResponse:
+        answer = await self._parts.federation.submit(_submission(device_id, request), request.base_digest)
+        return federation_pb2.SubmitUpdateResponse(status=_RECEIPTS[answer.status], reason=answer.reason)
+
+    async def _decline(
+        self, device_id: str, request: federation_pb2.DeclineTaskRequest
+    ) -> federation_pb2.DeclineTaskResponse:
+        await self._parts.federation.decline(device_id, request.run_id, request.round, request.reason)
+        return federation_pb2.DeclineTaskResponse()
+
+    async def _heartbeat(
+        self, device_id: str, request: fleet_pb2.HeartbeatRequest
+    ) -> fleet_pb2.HeartbeatResponse:
+        said = request.reported
+        reported = Reported(
+            said.agent_version, said.manifest_digest, said.model_version, said.personalised, said.refusal
+        )
+        digest, size_bytes, version = await self._parts.fleet.heartbeat(device_id, reported)
+        return fleet_pb2.HeartbeatResponse(
+            desired=fleet_pb2.DesiredState(
+                manifest_digest=digest, manifest_bytes=size_bytes, model_version=version
+            ),
+            server_unix_ns=time.time_ns(),
+            next_after_seconds=self._parts.fleet.next_after_s,
+        )
+
+
+async def _chunks(requests: AsyncIterator[artifact_pb2.UploadArtifactRequest]) -> AsyncIterator[ChunkIn]:
+    async for request in requests:
+        if request.WhichOneof("message") != "chunk":
+            raise ProtocolError("an upload has one start; after it come chunks")
+        yield ChunkIn(request.chunk.offset, request.chunk.data, request.chunk.crc32c)
+
+
+def _submission(device_id: str, request: federation_pb2.SubmitUpdateRequest) -> Submission:
+    if not math.isfinite(request.train_seconds) or max(request.num_examples, request.num_steps) >= 2**53:
+        raise ProtocolError("num_examples, num_steps or train_seconds is out of range")
+    return Submission(
+        run_id=request.run_id[:64],
+        round=min(request.round, 2**31 - 1),
+        attempt_id=request.attempt_id[:64],
+        device_id=device_id,
+        update_digest=request.update_digest[:80],
+        num_examples=request.num_examples,
+        num_steps=request.num_steps,
+        train_seconds=request.train_seconds,
+        local_state_reset=request.local_state_reset,
+        received_ns=time.time_ns(),
+        metrics=check_metrics(request.metrics),
+    )
+
+
+def _task(task: Task) -> federation_pb2.FederatedTask:
+    return federation_pb2.FederatedTask(
+        run_id=task.run_id,
+        round=task.round,
+        attempt_id=task.attempt_id,
+        kind=_KINDS[task.kind],
+        plan_digest=task.plan_digest,
+        plan_bytes=task.plan_bytes,
+        tensors_digest=task.tensors_digest,
+        tensors_bytes=task.tensors_bytes,
+        deadline_unix_ns=int(task.deadline * 1e9),
+        remaining_seconds=max(0.0, task.deadline - time.time()),
+    )
+
+
+def _service(name: str, methods: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> grpc.GenericRpcHandler:
+    return grpc.method_handlers_generic_handler(f"wearfleet.v1.{name}", methods)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
