@@ -27,7 +27,7 @@ RootOption = Annotated[
 CacheOption = Annotated[Path | None, typer.Option("--cache-dir", help="Folder of prepared data.")]
 ScenarioOption = Annotated[str, typer.Option("--scenario", help="What the domains are: cross-person.")]
 TargetOption = Annotated[
-    str, typer.Option("--target", help="Held-out domain: its number, or subjects with commas.")
+    str, typer.Option("--target", help="Held-out domain: its number, or persons: 07 or 3,8 or 3,")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of initial weights, splits and all random numbers.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no progress.")]
@@ -157,8 +157,14 @@ def _scenario(
     if kind != "cross-person":
         raise ConfigError(f"unknown scenario {kind!r}; known: cross-person")
     prepared = prepare(dataset_named(dataset), data_root, cache_dir or default_cache_dir(), progress)
-    held: int | tuple[str, ...] = int(target) if target.isdigit() else tuple(target.split(","))
-    return cross_person(prepared, held, seed)
+    return cross_person(prepared, _held_out(target), seed)
+
+
+def _held_out(target: str) -> int | tuple[str, ...]:
+    """``2`` is a group; ``02``, ``2,`` and ``2,5`` are persons."""
+    if target.isdigit() and str(int(target)) == target:
+        return int(target)
+    return tuple(name for name in target.split(",") if name)
 
 
 @contextmanager
