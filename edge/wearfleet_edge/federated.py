@@ -17,7 +17,7 @@ from wearfleet_protos.errors import (
     TransportError,
     WearfleetError,
 )
-from wearfleet_protos.plan import PLAN_MEDIA_TYPE, InputContract, Plan
+from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
 from wearfleet_protos.signing import MAX_SIGNED_BYTES, verify
 from wearfleet_protos.tensors import check_finite, decode_tensors, digest_of, encode_tensors
 
@@ -25,10 +25,6 @@ from wearfleet_edge.local_state import LocalState, PendingResult, PersonalOrigin
 from wearfleet_edge.memory import release_free_memory
 from wearfleet_edge.runtime import Evaluation, Personal, Recogniser
 from wearfleet_edge.trainer import (
-    Limits,
-    PlanResult,
-    Tensors,
-    TrainingData,
     personal_tensors,
     run_plan,
     start_state,
@@ -38,9 +34,12 @@ from wearfleet_edge.transport.backoff import Backoff, with_retries
 from wearfleet_edge.transport.cloud import ReceiptStatus, Stage, Submission, Task
 
 if TYPE_CHECKING:
+    from wearfleet_protos.plan import InputContract
+
     from wearfleet_edge.artifacts import ArtifactStore
     from wearfleet_edge.models import ActiveModel
     from wearfleet_edge.slots import InstalledModel
+    from wearfleet_edge.trainer import Limits, PlanResult, Tensors, TrainingData
     from wearfleet_edge.transport.cloud import Cloud
 
 __all__ = ["Device", "FederatedWorker", "Progress"]

@@ -344,7 +344,9 @@ class Mosquitto:
     def start(self):
         config = self.folder / "mosquitto.conf"
         config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n{self.extra}\n")
-        program = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/sbin")
+        program = shutil.which(
+            "mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/sbin"
+        )
         assert program is not None
         self.process = subprocess.Popen([program, "-c", str(config)], stdout=-3, stderr=-3)
         for _ in range(200):

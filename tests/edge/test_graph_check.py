@@ -30,7 +30,8 @@ def test_summary_equals_what_onnx_reads():
     assert summary.operators == {n.op_type for n in proto.graph.node}
     assert summary.metadata == {p.key: p.value for p in proto.metadata_props}
     assert {n: (i.dtype, i.shape) for n, i in summary.initializers.items()} == {
-        i.name: (str(numpy_helper.to_array(i).dtype), numpy_helper.to_array(i).shape) for i in proto.graph.initializer
+        i.name: (str(numpy_helper.to_array(i).dtype), numpy_helper.to_array(i).shape)
+        for i in proto.graph.initializer
     }
 
 
@@ -74,7 +75,10 @@ def _branch():
 
 
 FORBIDDEN = {
-    "custom domain": (_proto([helper.make_node("Relu", ["a"], ["out"], domain="com.microsoft")]), "com.microsoft"),
+    "custom domain": (
+        _proto([helper.make_node("Relu", ["a"], ["out"], domain="com.microsoft")]),
+        "com.microsoft",
+    ),
     "unknown operator": (_proto([helper.make_node("Evil", ["a"], ["out"])]), "Evil"),
     "randomness": (_proto([helper.make_node("RandomNormal", [], ["out"], shape=[1])]), "RandomNormal"),
     "control flow": (_proto([helper.make_node("If", ["a"], ["out"], then_branch=_branch())]), "If"),

@@ -28,7 +28,9 @@ def test_messages_come_out_in_order_each_once(tmp_path):
     for _ in range(5):
         outbox.append([("a", _number), ("b", _number)])
     rows = outbox.lease(3) + outbox.lease(100)
-    assert [(r.kind, r.sequence, r.payload) for r in rows] == [(k, i, _number(i)) for i in range(5) for k in "ab"]
+    assert [(r.kind, r.sequence, r.payload) for r in rows] == [
+        (k, i, _number(i)) for i in range(5) for k in "ab"
+    ]
     assert outbox.lease(100) == []
     outbox.acknowledge([r.row_id for r in rows])
     assert outbox.depth == 0
@@ -212,7 +214,9 @@ def test_kill_in_the_middle_of_writing_loses_nothing_and_repeats_nothing(tmp_pat
     path = tmp_path / "o"
     for attempt in range(3):
         boot = f"0000000{attempt}"
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path), boot], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path), boot], stdout=subprocess.PIPE, text=True
+        )
         promised = -1
         for line in writer.stdout:
             promised = int(line)
@@ -234,7 +238,9 @@ def test_kill_in_the_middle_of_writing_loses_nothing_and_repeats_nothing(tmp_pat
             assert payload == str(sequence).encode()
             by_kind[kind].append(sequence)
         appended = {"a": by_kind["a"][-1] + 1, "b": by_kind["b"][-1] + 1}
-        assert appended["a"] == appended["b"] >= promised + 1  # both of a pair or none; what was promised is there
+        assert (
+            appended["a"] == appended["b"] >= promised + 1
+        )  # both of a pair or none; what was promised is there
         for sequences in by_kind.values():
             assert sequences == sorted(set(sequences))
         assert summary.lost == {}

@@ -68,7 +68,9 @@ def test_model_without_an_output_is_refused(output):
         Recogniser(*make_release(drop_output=output))
 
 
-@pytest.mark.parametrize("key", ["wearfleet.labels", "wearfleet.units", "wearfleet.ood_threshold", "wearfleet.rate_hz"])
+@pytest.mark.parametrize(
+    "key", ["wearfleet.labels", "wearfleet.units", "wearfleet.ood_threshold", "wearfleet.rate_hz"]
+)
 @pytest.mark.parametrize("value", [None, "other"])
 def test_model_whose_metadata_differ_from_the_manifest_is_refused(key, value):
     with pytest.raises(ModelContractError, match=key):

@@ -4,13 +4,28 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from wearfleet_edge.trainer import Limits, TrainingData, personal_tensors, run_plan, start_state, upload_tensors
+from wearfleet_edge.trainer import (
+    Limits,
+    TrainingData,
+    personal_tensors,
+    run_plan,
+    start_state,
+    upload_tensors,
+)
 from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError, ShapeError
 from wearfleet_protos.plan import Budget, OutputBinding, batches
 from wearfleet_protos.tensors import TensorGroup, digest_of
 from wearfleet_protos.windowing import LabelledWindows, WindowSpec, split_by_time
 
-from edge.tiny_graphs import BATCH, CONTRACT, TENSORS, make_plan, make_recording, reference_logits, reference_step
+from edge.tiny_graphs import (
+    BATCH,
+    CONTRACT,
+    TENSORS,
+    make_plan,
+    make_recording,
+    reference_logits,
+    reference_step,
+)
 
 
 def _limits(**changes):
@@ -27,7 +42,9 @@ def _limits(**changes):
 @pytest.fixture(scope="module")
 def data():
     train, holdout = split_by_time([make_recording()], WindowSpec(8, 4, 20.0), 0.5)
-    return TrainingData(train.select(np.arange(1, len(train))), holdout)  # 47 windows: no multiple of the batch
+    return TrainingData(
+        train.select(np.arange(1, len(train))), holdout
+    )  # 47 windows: no multiple of the batch
 
 
 def _run(tiny, data, state=None, **limits):
@@ -63,7 +80,8 @@ def test_a_metric_with_reduce_last_keeps_the_last_step(data):
     tiny = make_plan(epochs=2)
     train = tiny.plan.phases[1]
     outputs = tuple(
-        OutputBinding(o.output, "metric", "count", "last") if o.target == "count" else o for o in train.outputs
+        OutputBinding(o.output, "metric", "count", "last") if o.target == "count" else o
+        for o in train.outputs
     )
     plan = replace(tiny.plan, phases=(replace(train, outputs=outputs),))
     metrics = _run(replace(tiny, plan=plan), data).metrics
@@ -178,7 +196,10 @@ def test_computation_stops_at_the_devices_own_limits(data):
 
 def test_an_empty_holdout_counts_nothing(data):
     empty = LabelledWindows(
-        np.empty((0, 3, CONTRACT.window), np.float32), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
+        np.empty((0, 3, CONTRACT.window), np.float32),
+        np.empty(0, np.int64),
+        np.empty(0, np.int64),
+        np.empty(0, np.int64),
     )
     metrics = _run(make_plan(), TrainingData(data.train, empty)).metrics
     assert metrics["evaluate_before/count"] == 0.0

@@ -197,7 +197,9 @@ def train_graph():
 
 
 def evaluate_graph():
-    return _model_proto([*_feature_nodes("x"), *_metric_nodes()], [*STATE_INPUTS, *BATCH_INPUTS], METRICS, CONSTANTS)
+    return _model_proto(
+        [*_feature_nodes("x"), *_metric_nodes()], [*STATE_INPUTS, *BATCH_INPUTS], METRICS, CONSTANTS
+    )
 
 
 def reference_step(tensors, x, y, lr):
@@ -222,11 +224,19 @@ def make_plan(*, local_norms=True, epochs=2, lr=0.5, budget=None, graph=None):
     state = ("head.bias", "head.weight", "norm.mean")
     batch = ("x", "y", "weight")
     metrics = tuple(OutputBinding(n, "metric", n, "sum") for n in ("loss_sum", "correct", "count"))
-    reading = tuple(InputBinding(n, "state", n) for n in state) + tuple(InputBinding(n, "batch", n) for n in batch)
+    reading = tuple(InputBinding(n, "state", n) for n in state) + tuple(
+        InputBinding(n, "batch", n) for n in batch
+    )
 
     def measure(name):
         return Phase(
-            name, digest_of(evaluate), len(evaluate), reading, metrics, Loop("holdout", BATCH, 1, 0, False), ()
+            name,
+            digest_of(evaluate),
+            len(evaluate),
+            reading,
+            metrics,
+            Loop("holdout", BATCH, 1, 0, False),
+            (),
         )
 
     learn = Phase(

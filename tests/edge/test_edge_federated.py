@@ -1,0 +1,312 @@
+"""A device in a federated run: every way a task can end, and what is left on disk after each."""
+
+import time
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+from wearfleet_edge.artifacts import ArtifactStore
+from wearfleet_edge.federated import Device, FederatedWorker
+from wearfleet_edge.local_state import LocalState
+from wearfleet_edge.models import ActiveModel
+from wearfleet_edge.runtime import Evaluation
+from wearfleet_edge.slots import Slots
+from wearfleet_edge.state import StateDirectory
+from wearfleet_edge.trainer import Limits
+from wearfleet_edge.transport.backoff import Backoff
+from wearfleet_edge.transport.cloud import Receipt, ReceiptStatus, Stage, Task
+from wearfleet_edge.wearer import Wearer
+from wearfleet_protos.errors import ConflictError, TransportError
+from wearfleet_protos.plan import Budget
+from wearfleet_protos.tensors import decode_tensors, digest_of, encode_tensors, tensor_metadata
+
+from edge.simulators import Signer, SimulatedCloud
+from edge.tiny_graphs import CONTRACT, LABELS, TENSORS, make_plan, make_recording, make_release
+
+
+class Bench:
+    """One device with everything real but the network."""
+
+    def __init__(self, root):
+        self.state = StateDirectory(root)
+        self.state.create()
+        self.signer = Signer()
+        self.cloud = SimulatedCloud()
+        self.stopping = False
+        self.max_bytes = 1e9
+        self.active = ActiveModel()
+        data, manifest = make_release()
+        slots = Slots(self.state.models, self.signer.keys)
+        self.active.use(slots.install(self.signer.manifest(manifest), data), None)
+        self.wearer = Wearer((make_recording(),), LABELS, 0.5)
+        self.restart()
+
+    def restart(self):
+        """A new process on the same disk."""
+        self.local = LocalState(self.state)
+        backoff = Backoff(0.001, 0.002, Random(0).random)
+        wait = lambda _seconds: self.stopping  # noqa: E731
+        self.artifacts = ArtifactStore(self.state.artifacts / "plans", self.cloud, backoff, wait)
+        device = Device(
+            keys=self.signer.keys,
+            data=self.wearer.training_data,
+            base=lambda: Evaluation(3, 5, np.zeros((2, 2), np.int64)),
+            limits=lambda s: Limits(s, 1e12, lambda: 0, time.monotonic, lambda: self.stopping),
+            max_bytes=self.max_bytes,
+            poll_seconds=0.0,
+            wait=wait,
+        )
+        self.worker = FederatedWorker(
+            cloud=self.cloud,
+            artifacts=self.artifacts,
+            local=self.local,
+            active=self.active,
+            device=device,
+            backoff=backoff,
+        )
+
+    def offer(self, tiny=None, *, round_number=1, personalise=False, tensors=None, signer=None):
+        tiny = tiny or make_plan()
+        for graph in tiny.graphs.values():
+            self.cloud.add(graph)
+        document = (signer or self.signer).plan(tiny.plan)
+        body = encode_tensors(tensors or TENSORS)
+        task = Task(
+            "run-1", round_number, f"attempt-{round_number}", personalise,
+            self.cloud.add(document), len(document), self.cloud.add(body), len(body), 60.0,
+        )  # fmt: skip
+        self.cloud.tasks.append(task)
+        return task
+
+    def kept(self, plan=None):
+        return self.local.local_tensors("run-1", (plan or make_plan().plan).local_specs())[0]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+def test_a_round_is_trained_uploaded_submitted_and_its_local_tensors_kept(bench):
+    task = bench.offer()
+    bench.worker.step()
+    (submission,) = bench.cloud.submissions
+    update = decode_tensors(bench.cloud.blobs[submission.update_digest], make_plan().plan.upload_specs())
+    assert np.abs(update["head.weight"]).max() > 0
+    assert submission.attempt_id == task.attempt_id
+    assert submission.base_digest == task.tensors_digest
+    assert submission.num_examples == len(bench.wearer.training_data(CONTRACT).train)
+    assert submission.metrics["base/correct"] == 3.0
+    assert submission.metrics["evaluate_after/loss_sum"] < submission.metrics["evaluate_before/loss_sum"]
+    assert [stage for _, stage in bench.cloud.stages] == [Stage.FETCHED, Stage.TRAINING]
+    assert np.abs(bench.kept()["norm.mean"]).max() > 0
+    assert bench.local.pending() is None
+    assert bench.worker.progress.rounds == 1
+
+
+def test_the_next_round_starts_from_the_kept_local_tensors(bench):
+    bench.offer()
+    bench.worker.step()
+    kept = bench.kept()["norm.mean"].copy()
+    bench.offer(round_number=2)
+    bench.worker.step()
+    first, second = bench.cloud.submissions
+    assert second.metrics["evaluate_before/loss_sum"] != first.metrics["evaluate_before/loss_sum"]
+    assert not np.array_equal(bench.kept()["norm.mean"], kept)
+    assert not second.local_state_reset
+
+
+def test_damaged_local_tensors_are_reported_as_reset(bench):
+    bench.offer()
+    bench.worker.step()
+    for path in (bench.state.federated / "runs").iterdir():
+        path.write_bytes(b"damaged")
+    bench.offer(round_number=2)
+    bench.worker.step()
+    assert bench.cloud.submissions[1].local_state_reset
+
+
+@pytest.mark.parametrize("broken", ["submit", "submit_reply", "upload"])
+def test_a_break_while_handing_in_repeats_the_same_attempt_after_a_restart(bench, broken):
+    bench.offer()
+    bench.cloud.broken = {broken}
+    with pytest.raises(TransportError):
+        bench.worker.step()
+    assert bench.kept() == {}  # nothing is promoted before the receipt
+    pending = bench.local.pending()
+    bench.cloud.broken = set()
+    bench.cloud.receipt = Receipt(ReceiptStatus.DUPLICATE, "")
+    bench.restart()
+    bench.worker.step()
+    last = bench.cloud.submissions[-1]
+    assert last == pending.submission
+    assert last.update_digest in bench.cloud.blobs
+    assert np.abs(bench.kept()["norm.mean"]).max() > 0
+    assert bench.local.pending() is None
+
+
+def test_a_break_between_promotion_and_forgetting_promotes_again(bench):
+    bench.offer()
+    bench.cloud.broken = {"submit"}
+    with pytest.raises(TransportError):
+        bench.worker.step()
+    result = bench.local.pending()
+    bench.local.promote(result)
+    kept = bench.kept()["norm.mean"].copy()
+    bench.local.save(result)  # as if the deletion had not reached the disk
+    bench.cloud.broken = set()
+    bench.restart()
+    bench.worker.step()
+    np.testing.assert_array_equal(bench.kept()["norm.mean"], kept)
+
+
+@pytest.mark.parametrize("status", [ReceiptStatus.STALE, ReceiptStatus.REJECTED])
+def test_a_result_that_does_not_count_leaves_no_trace(bench, status):
+    bench.offer()
+    bench.cloud.receipt = Receipt(status, "too late")
+    bench.worker.step()
+    assert bench.kept() == {}
+    assert bench.local.pending() is None
+    assert bench.worker.progress.rounds == 0
+    assert "too late" in bench.worker.progress.last_error
+
+
+def test_a_refused_submission_is_forgotten_and_not_repeated(bench, monkeypatch):
+    bench.offer()
+
+    def refuse(_submission):
+        raise ConflictError("round closed")
+
+    monkeypatch.setattr(bench.cloud, "submit", refuse)
+    bench.worker.step()
+    assert bench.local.pending() is None
+    assert bench.worker.step() >= 2.0  # the same attempt is not computed again
+    assert len(bench.cloud.stages) == 2
+
+
+def _wrong_schema(tiny):
+    return replace(tiny, plan=replace(tiny.plan, model_schema_hash=digest_of(b"other")))
+
+
+def _wrong_contract(tiny):
+    return replace(tiny, plan=replace(tiny.plan, contract=replace(CONTRACT, rate_hz=50.0)))
+
+
+REFUSALS = {
+    "another model": (_wrong_schema, "schema"),
+    "another contract": (_wrong_contract, "other channels"),
+    "too many bytes": (lambda t: replace(t, plan=replace(t.plan, budget=Budget(60.0, 10, 2))), "bytes"),
+    "too few windows": (
+        lambda t: replace(t, plan=replace(t.plan, budget=Budget(60.0, 1 << 20, 10_000))),
+        "windows",
+    ),
+    "diverges": (lambda _: make_plan(lr=3e38), "NaN"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_plan_this_device_cannot_run_is_declined_with_its_reason(bench, case):
+    change, words = REFUSALS[case]
+    bench.offer(
+        change(make_plan()), tensors={**TENSORS, "head.weight": TENSORS["head.weight"] * np.float32(10)}
+    )
+    bench.worker.step()
+    ((attempt, reason),) = bench.cloud.declined
+    assert attempt == "attempt-1"
+    assert words in reason
+    assert bench.cloud.submissions == []
+    assert bench.local.pending() is None
+
+
+def test_a_plan_signed_by_another_key_is_declined(bench):
+    bench.offer(signer=Signer())
+    bench.worker.step()
+    assert "unknown key" in bench.cloud.declined[0][1]
+
+
+def test_a_tampered_plan_is_declined(bench):
+    task = bench.offer()
+    data = bytearray(bench.cloud.blobs[task.plan_digest])
+    data[60] ^= 1
+    bench.cloud.blobs[task.plan_digest] = bytes(data)
+    bench.worker.step()
+    assert "damaged or tampered" in bench.cloud.declined[0][1]
+    assert list((bench.state.artifacts / "plans").iterdir()) == []
+
+
+def test_downloaded_tensors_with_nan_or_another_shape_are_declined(bench):
+    bench.offer(tensors={**TENSORS, "head.bias": np.array([np.nan, 0], np.float32)})
+    bench.worker.step()
+    bench.offer(tensors={**TENSORS, "head.bias": np.zeros(5, np.float32)}, round_number=2)
+    bench.worker.step()
+    assert "NaN" in bench.cloud.declined[0][1]
+    assert "head.bias" in bench.cloud.declined[1][1]
+
+
+def test_a_stop_in_mid_training_leaves_the_task_to_the_server(bench):
+    bench.offer()
+    bench.stopping = True
+    bench.worker.step()
+    assert bench.cloud.declined == []
+    assert bench.cloud.submissions == []
+    bench.stopping = False
+    bench.restart()
+    bench.worker.step()
+    assert len(bench.cloud.submissions) == 1
+
+
+def test_a_download_that_breaks_again_and_again_goes_on_where_it_stopped(bench):
+    bench.offer()
+    bench.cloud.cut_after = 700
+    for _ in range(20):
+        try:
+            bench.worker.step()
+            break
+        except TransportError:
+            continue
+    assert len(bench.cloud.submissions) == 1
+
+
+def test_personalisation_keeps_the_result_here_and_puts_it_to_use(bench):
+    before = bench.active.recogniser.evaluate(bench.wearer.training_data(CONTRACT).holdout)
+    wrong = {**TENSORS, "head.weight": -TENSORS["head.weight"]}
+    bench.offer(make_plan(epochs=10), personalise=True, round_number=6, tensors=wrong)
+    bench.worker.step()
+    (submission,) = bench.cloud.submissions
+    assert submission.update_digest == ""
+    assert submission.metrics["personal/count"] == before.count
+    recogniser = bench.active.recogniser
+    assert recogniser.personalised
+    after = recogniser.evaluate(bench.wearer.training_data(CONTRACT).holdout)
+    assert (
+        after.correct
+        == submission.metrics["personal/correct"]
+        == submission.metrics["evaluate_after/correct"]
+    )
+    metadata = tensor_metadata(bench.state.personal.read_bytes())
+    assert metadata["manifest_digest"] == bench.active.installed.manifest_digest
+    assert metadata["round"] == "6"
+    scores = recogniser.ood_scores(bench.wearer.training_data(CONTRACT).train.x)
+    assert (scores > recogniser.ood_threshold).mean() == pytest.approx(0.05, abs=1.5 / len(scores))
+
+
+def test_personal_tensors_of_another_release_are_not_laid_over_this_one(bench):
+    bench.offer(personalise=True)
+    bench.worker.step()
+    assert bench.local.personal(bench.active.installed.manifest_digest) is not None
+    assert bench.local.personal(digest_of(b"another release")) is None
+
+
+def test_without_a_model_no_task_is_asked_for(bench):
+    bench.active._installed = None
+    bench.cloud.broken = {"poll_task"}
+    assert bench.worker.step() > 0
+
+
+def test_without_recordings_the_task_is_declined(bench):
+    bench.wearer = Wearer((), (), 0.5)
+    bench.restart()
+    bench.offer()
+    bench.worker.step()
+    assert "no recorded windows" in bench.cloud.declined[0][1]
