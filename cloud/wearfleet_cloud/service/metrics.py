@@ -30,7 +30,6 @@ class Metrics:
         self.windows_ood = self._counter("ood_windows", "windows that a model called out of distribution")
         self.windows_predicted = self._counter("predicted_windows", "windows that a model recognised")
         self.outbox_depth = self._gauge("outbox_depth", "messages waiting on devices, sum of last reports")
-        self.outbox_lost = self._gauge("outbox_lost", "messages dropped on devices, sum of last reports")
         self.devices = self._gauge("devices", "enrolled devices that are not revoked")
         self.calls = self._counter("rpc_calls", "gRPC calls, by method and status", "method", "status")
         self.call_seconds = self._histogram(

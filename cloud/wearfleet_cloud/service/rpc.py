@@ -4,6 +4,8 @@ Two ports, because gRPC in Python can only demand a client certificate or not as
 the server's certificate alone, and one for everything else, with mutual TLS.
 """
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import AsyncIterator

@@ -1,5 +1,7 @@
 """Around every call: who calls, what went wrong, how long it took. A call never ends with status UNKNOWN."""
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
