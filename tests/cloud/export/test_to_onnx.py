@@ -12,12 +12,11 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import numpy_helper
-from wearfleet_cloud.export import write_release
 from wearfleet_cloud.export.contract import check_model
 from wearfleet_cloud.export.graph_tidy import ancestors
 from wearfleet_cloud.export.scored_classifier import fit_ood
 from wearfleet_cloud.export.session import Session
-from wearfleet_cloud.export.to_onnx import export_bytes
+from wearfleet_cloud.export.to_onnx import export_bytes, export_model
 from wearfleet_models import tensor_specs
 from wearfleet_protos.errors import ModelContractError, ShapeError
 from wearfleet_protos.manifest import METADATA_KEYS, MODEL_OUTPUTS, ModelManifest
@@ -175,9 +174,11 @@ def test_contract_of_another_shape_is_refused(cnn):
 
 def test_file_and_manifest_are_written_side_by_side(cnn, tmp_path):
     path = tmp_path / "deep" / "model.onnx"
-    written = write_release(path, cnn.release.data, cnn.release.manifest)
-    assert written == path.with_name("model.manifest.json")
-    check_model(path.read_bytes(), ModelManifest.from_bytes(written.read_bytes()))
+    ood = fit_ood(cnn.model, cnn.x, cnn.y, cnn.x_validation, method="mahalanobis", rank=8)
+    manifest = export_model(cnn.model, cnn.contract, ood, path, cnn.info)
+    assert manifest == cnn.release.manifest
+    assert ModelManifest.from_bytes(path.with_name("model.manifest.json").read_bytes()) == manifest
+    check_model(path.read_bytes(), manifest)
     assert sorted(p.name for p in path.parent.iterdir()) == ["model.manifest.json", "model.onnx"]
 
 
