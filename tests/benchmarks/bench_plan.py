@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import onnxruntime as ort
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from oracles.plan_runner import open_graph
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.plan_builder import build_plan
@@ -114,7 +114,7 @@ def plan_step(case: Case) -> tuple[Step, Callable[[], np.ndarray], int]:
         session.run_with_iobinding(binding)
         return binding
 
-    return step, lambda: buffers[0]["head.weight"].numpy(), len(graphs[phase.graph])
+    return step, buffers[0]["head.weight"].numpy, len(graphs[phase.graph])
 
 
 def torch_step(case: Case, *, weighted: bool) -> tuple[Step, Callable[[], np.ndarray]]:
@@ -148,7 +148,7 @@ def torch_step(case: Case, *, weighted: bool) -> tuple[Step, Callable[[], np.nda
         optimiser.step()
         return loss.detach()
 
-    return step, lambda: model.head.weight.detach().numpy()
+    return step, model.head.weight.detach().numpy
 
 
 def milliseconds(steps: dict[str, Step], number: int, block: int = 20) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ def run_plan(
     downloaded: Mapping[str, NDArray[np.generic]],
     persisted: Mapping[str, NDArray[np.generic]],
     windows: Mapping[str, LabelledWindows],
+    *,
     round_number: int,
 ) -> tuple[Arrays, Arrays, dict[str, float]]:
     """State after the round, upload, metrics as ``phase/metric``."""

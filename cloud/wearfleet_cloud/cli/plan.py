@@ -62,6 +62,7 @@ def strategies(as_json: Json = False) -> None:
 
 @_group.command("build")
 def build(
+    *,
     run: RunFolder,
     out: Annotated[Path, typer.Option("--out", help="Folder for the plan and its graphs.")],
     strategy: Annotated[str, typer.Option("--strategy", help="A name of `strategies`.")] = "fedavg",

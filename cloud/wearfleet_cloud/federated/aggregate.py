@@ -7,7 +7,8 @@ clients there are, and the result is the same bit for bit. Means are updated inc
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +88,7 @@ def average(
     upload: UploadSpec,
     current: Arrays,
     contributions: Iterable[Contribution],
-    averaging: Averaging = Averaging(),  # noqa: B008 - frozen
+    averaging: Averaging = Averaging(),
 ) -> Averaged:
     """Fold the updates of a round into the global tensors.
 
@@ -113,9 +114,7 @@ def average(
     """
     ordered = _check_contributions(contributions)
     wanted = tuple(s for s in specs if s.role in upload.roles and s.group in upload.groups)
-    missing = sorted(s.name for s in wanted if s.name not in current)
-    if missing:
-        raise AggregationError(f"current global tensors lack {missing[:5]}; load the model of the plan")
+    _check_current(current, wanted)
     pairs = _statistic_pairs(wanted) if averaging.statistics == "moments" else {}
     sums = {s.name: _start(s) for s in wanted}
     weight_before = 0.0
@@ -137,7 +136,7 @@ def _check_contributions(contributions: Iterable[Contribution]) -> tuple[Contrib
     ordered = tuple(sorted(contributions, key=lambda c: c.client))
     if not ordered:
         raise AggregationError("no updates to average; the round must be skipped and the old model kept")
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         if before.client == after.client:
             raise AggregationError(f"client {after.client} contributes twice to one round")
     for contribution in ordered:
@@ -146,6 +145,13 @@ def _check_contributions(contributions: Iterable[Contribution]) -> tuple[Contrib
                 f"client {contribution.client} claims {contribution.num_examples} training windows; at least 1 expected"
             )
     return ordered
+
+
+def _check_current(current: Arrays, wanted: Sequence[TensorSpec]) -> None:
+    try:
+        check_tensors({s.name: current[s.name] for s in wanted if s.name in current}, wanted)
+    except ShapeError as error:
+        raise AggregationError(f"current global tensors are not those of the plan: {error}") from error
 
 
 def _statistic_pairs(specs: Sequence[TensorSpec]) -> dict[str, str]:
@@ -160,15 +166,13 @@ def _statistic_pairs(specs: Sequence[TensorSpec]) -> dict[str, str]:
     return {variance.name: mean.name for mean, variance in zip(means, variances, strict=True)}
 
 
-def _start(spec: TensorSpec) -> NDArray[np.generic]:
+def _start(spec: TensorSpec) -> NDArray[Any]:
     if spec.role == TensorRole.COUNTER:
         return np.full(spec.shape, np.iinfo(spec.dtype).min, dtype=spec.dtype)
     return np.zeros(spec.shape, dtype=np.float64)
 
 
-def _value(
-    update: NDArray[np.generic], current: NDArray[np.generic], upload: UploadSpec
-) -> NDArray[np.generic]:
+def _value(update: NDArray[Any], current: NDArray[Any], upload: UploadSpec) -> NDArray[Any]:
     """The client's tensor: float64, or its own integer type."""
     kind = np.float64 if np.issubdtype(update.dtype, np.floating) else update.dtype
     value = update.astype(kind)
@@ -178,21 +182,21 @@ def _value(
 def _fold(
     specs: Sequence[TensorSpec],
     pairs: Mapping[str, str],
-    sums: dict[str, NDArray[np.generic]],
-    values: Arrays,
+    sums: dict[str, NDArray[Any]],
+    values: Mapping[str, NDArray[Any]],
     share: float,
 ) -> None:
     """Take one client in, with ``share`` = its weight / weight so far; changes ``sums``."""
-    spread = {name: values[mean] - sums[mean] for name, mean in pairs.items()}  # type: ignore[operator]
+    spread = {name: values[mean] - sums[mean] for name, mean in pairs.items()}
     for spec in specs:
         old, new = sums[spec.name], values[spec.name]
         if spec.role == TensorRole.COUNTER:
-            sums[spec.name] = np.maximum(old, new)  # type: ignore[call-overload]
+            sums[spec.name] = np.maximum(old, new)
             continue
-        sums[spec.name] = old + (new - old) * share  # type: ignore[operator]
+        sums[spec.name] = old + (new - old) * share
         if spec.name in spread:
             sums[spec.name] += share * (1.0 - share) * spread[spec.name] ** 2
 
 
-def _finish(name: str, current: NDArray[np.generic], sums: Arrays) -> NDArray[np.generic]:
+def _finish(name: str, current: NDArray[Any], sums: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     return sums[name].astype(current.dtype) if name in sums else current

@@ -6,7 +6,7 @@ optimiser starts afresh each round.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from wearfleet_protos.tensors import TensorSpec
@@ -37,8 +37,8 @@ class FedAvg:
         composes_with=("secagg", "central_dp", "robust", "compression", "async", "partial_participation"),
         hyper_parameters={},
     )
-    local: LocalTraining = LocalTraining()
-    averaging: Averaging = Averaging()
+    local: LocalTraining = field(default_factory=LocalTraining)
+    averaging: Averaging = field(default_factory=Averaging)
 
     def client(self, model: "Classifier") -> "ClientProgram":
         """Local epochs on the cross-entropy; nothing stays behind."""

@@ -6,7 +6,7 @@ refused, because it would silently be FedAvg.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from wearfleet_protos.errors import ConfigError
@@ -38,8 +38,8 @@ class FedBN:
         composes_with=("secagg", "central_dp", "robust", "compression", "async", "partial_participation"),
         hyper_parameters={},
     )
-    local: LocalTraining = LocalTraining()
-    averaging: Averaging = Averaging()
+    local: LocalTraining = field(default_factory=LocalTraining)
+    averaging: Averaging = field(default_factory=Averaging)
 
     def client(self, model: "Classifier") -> "ClientProgram":
         """Local epochs; normalisation starts from what this device had after its last round.

@@ -7,7 +7,7 @@ uses the norm, not its square.)
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from wearfleet_protos.errors import ConfigError
@@ -50,8 +50,8 @@ class FedProx:
         hyper_parameters={"mu": "strength of the pull towards the global model, >= 0"},
     )
     mu: float = 0.01
-    local: LocalTraining = LocalTraining()
-    averaging: Averaging = Averaging()
+    local: LocalTraining = field(default_factory=LocalTraining)
+    averaging: Averaging = field(default_factory=Averaging)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.mu < float("inf"):

@@ -4,7 +4,9 @@ The decompositions replace operators of the backward pass that ONNX does not hav
 slowly, by equal ones.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -17,23 +19,24 @@ __all__ = ["decompositions"]
 _ATEN: Final = torch.ops.aten
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
+@cache
+def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Core ATen decompositions, with ours in place of those of the backward passes."""
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
     table[_ATEN.convolution_backward.default] = _convolution_backward
     table[_ATEN.threshold_backward.default] = _threshold_backward
-    return table
+    return MappingProxyType(table)
 
 
 def _threshold_backward(grad: Tensor, output: Tensor, threshold: float) -> Tensor:
     return grad * (output > threshold).to(grad.dtype)
 
 
-def _convolution_backward(
+def _convolution_backward(  # noqa: PLR0917 - ATen's signature
     grad: Tensor,
     x: Tensor,
     kernel: Tensor,
-    bias_sizes: Sequence[int] | None,  # noqa: ARG001 - ATen's signature
+    bias_sizes: Sequence[int] | None,  # noqa: ARG001
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -48,11 +51,8 @@ def _convolution_backward(
     (window as channel, channel as row, time), with ``grad`` as its kernel; it needs no transposition of ``x`` and is
     one large matrix product, twice as fast in ONNX Runtime as swapping batch and channel axes.
 
-    Args:
-        grad: (B, O, L).
-        x: (B, C, T).
-        kernel: (O, C, k).
-        others: as in ``aten::convolution_backward``.
+    With B windows: ``grad`` (B, O, L), ``x`` (B, C, T), ``kernel`` (O, C, k); the rest as in
+    ``aten::convolution_backward``.
 
     Raises:
         ConfigError: the convolution is not a plain one (stride 1, no padding or dilation, one group, one dimension).

@@ -3,6 +3,7 @@
 Shapes and types are fixed, so each function reads them from the traced node and writes plain operators of the
 standard domain. An operator that is not in the table is refused by name; adding one is adding a function.
 """
+# ruff: noqa: ARG001, ARG005 - one signature for all rules
 
 import operator
 from collections.abc import Callable
@@ -51,10 +52,14 @@ class Lowering:
                 f"operator {node.target} of a plan's step has no ONNX form; add one to onnx_operators.py or write the "
                 "step with other operators"
             )
-        self.values[node] = rule(self, node)
+        self.values[node] = rule(self, node, tuple(node.args))
 
     def tensor(self, argument: object, dtype: str | None = None) -> Value:
         """The value of an argument: a traced tensor, or a number as a constant; converted to ``dtype`` if given."""
+        if argument is None:
+            raise ConfigError(
+                "an operator of a plan's step lacks an optional tensor that its ONNX form needs"
+            )
         if not isinstance(argument, Node):
             return self.writer.constant(np.asarray(argument, dtype=dtype), dtype or "float32")
         value = cast("Value", self.values[argument])
@@ -77,7 +82,10 @@ class Lowering:
         return self.writer.node(name, *(self.tensor(a, dtype) for a in arguments), **attributes)
 
 
-Rule = Callable[[Lowering, Node], Any]
+Args = tuple[Any, ...]
+"""Positional arguments of a traced operator; what they are, its schema says."""
+
+Rule = Callable[[Lowering, Node, Args], Any]
 
 
 def shape_of(node: object) -> tuple[int, ...]:
@@ -90,36 +98,33 @@ def dtype_of(node: Node) -> str:
     return dtype_name(node.meta["val"].dtype)
 
 
-def _axes(node: Node, position: int = 1) -> list[int]:
+def _axes(args: Args) -> list[int]:
     """Axes of a reduction as non-negative numbers; all of them when none are named."""
-    rank = len(shape_of(node.args[0]))
-    named = node.args[position] if len(node.args) > position else None
+    rank = len(shape_of(args[0]))
+    named = args[1] if len(args) > 1 else None
     if named is None or named == []:
         return list(range(rank))
-    return sorted(
-        a % rank
-        for a in (cast("list[int]", named) if isinstance(named, list | tuple) else [cast("int", named)])
-    )
+    return sorted(a % rank for a in (named if isinstance(named, list | tuple) else [named]))
 
 
 def _elementwise(name: str) -> Rule:
-    return lambda lo, node: lo.emit(name, node, *node.args)
+    return lambda lo, node, args: lo.emit(name, node, *args)
 
 
 def _scaled(name: str) -> Rule:
     """Addition or subtraction; ``alpha`` is refused because no step of ours uses it."""
 
-    def rule(lo: Lowering, node: Node) -> Value:
+    def rule(lo: Lowering, node: Node, args: Args) -> Value:
         if node.kwargs.get("alpha", 1) != 1:
             raise ConfigError(f"{node.target} with alpha has no ONNX form in a plan")
-        return lo.emit(name, node, *node.args[:2])
+        return lo.emit(name, node, *args[:2])
 
     return rule
 
 
 def _compare(name: str) -> Rule:
-    def rule(lo: Lowering, node: Node) -> Value:
-        left, right = node.args[:2]
+    def rule(lo: Lowering, node: Node, args: Args) -> Value:
+        left, right = args[:2]
         dtype = dtype_name(
             torch.result_type(*(a.meta["val"] if isinstance(a, Node) else a for a in (left, right)))
         )
@@ -129,42 +134,42 @@ def _compare(name: str) -> Rule:
 
 
 def _reduce(name: str) -> Rule:
-    def rule(lo: Lowering, node: Node) -> Value:
-        keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
-        axes = _axes(node)
+    def rule(lo: Lowering, node: Node, args: Args) -> Value:
+        keep = bool(args[2]) if len(args) > 2 else bool(node.kwargs.get("keepdim", False))
+        axes = _axes(args)
         if not axes:
-            return lo.tensor(node.args[0], dtype_of(node))
+            return lo.tensor(args[0], dtype_of(node))
         return lo.writer.node(
-            name, lo.tensor(node.args[0], dtype_of(node)), lo.writer.constant(axes), keepdims=int(keep)
+            name, lo.tensor(args[0], dtype_of(node)), lo.writer.constant(axes), keepdims=int(keep)
         )
 
     return rule
 
 
-def _reshape(lo: Lowering, node: Node) -> Value:
-    source = cast("Node", node.args[0])
+def _reshape(lo: Lowering, node: Node, args: Args) -> Value:
+    source = args[0]
     return lo.reshape(lo.tensor(source), shape_of(source), shape_of(node))
 
 
-def _same(lo: Lowering, node: Node) -> Value:
-    return lo.tensor(node.args[0], dtype_of(node))
+def _same(lo: Lowering, node: Node, args: Args) -> Value:
+    return lo.tensor(args[0], dtype_of(node))
 
 
-def _permute(lo: Lowering, node: Node) -> Value:
+def _permute(lo: Lowering, node: Node, args: Args) -> Value:
     rank = len(shape_of(node))
-    order = [a % rank for a in cast("list[int]", node.args[1])]
-    return lo.writer.node("Transpose", lo.tensor(node.args[0]), perm=order)
+    order = [a % rank for a in args[1]]
+    return lo.writer.node("Transpose", lo.tensor(args[0]), perm=order)
 
 
-def _expand(lo: Lowering, node: Node) -> Value:
-    if shape_of(node.args[0]) == shape_of(node):
-        return lo.tensor(node.args[0])
-    return lo.writer.node("Expand", lo.tensor(node.args[0]), lo.writer.constant(list(shape_of(node))))
+def _expand(lo: Lowering, node: Node, args: Args) -> Value:
+    if shape_of(args[0]) == shape_of(node):
+        return lo.tensor(args[0])
+    return lo.writer.node("Expand", lo.tensor(args[0]), lo.writer.constant(list(shape_of(node))))
 
 
-def _filled(lo: Lowering, node: Node) -> Value:
+def _filled(lo: Lowering, node: Node, args: Args) -> Value:
     """full, full_like, scalar_tensor: a constant, written out only when small."""
-    number = node.args[0] if node.target is _ATEN.scalar_tensor.default else node.args[1]
+    number = args[0] if node.target is _ATEN.scalar_tensor.default else args[1]
     shape, dtype = shape_of(node), dtype_of(node)
     value = np.full((1,), number, dtype=dtype)
     if int(np.prod(shape)) <= _LARGE:
@@ -172,8 +177,8 @@ def _filled(lo: Lowering, node: Node) -> Value:
     return lo.writer.node("Expand", lo.writer.constant(value, dtype), lo.writer.constant(list(shape)))
 
 
-def _arange(lo: Lowering, node: Node) -> Value:
-    numbers = [0, *node.args] if len(node.args) == 1 else list(node.args)
+def _arange(lo: Lowering, node: Node, args: Args) -> Value:
+    numbers = [0, *args] if len(args) == 1 else list(args)
     start, end, step = (*numbers, 1) if len(numbers) == 2 else tuple(numbers)
     dtype = dtype_of(node)
     return lo.writer.node(
@@ -181,18 +186,18 @@ def _arange(lo: Lowering, node: Node) -> Value:
     )
 
 
-def _slice(lo: Lowering, node: Node) -> Value:
-    arguments = [*node.args, *(None,) * 5]
+def _slice(lo: Lowering, node: Node, args: Args) -> Value:
+    arguments = [*args, *(None,) * 5]
     axis, start, end, step = (arguments[1] or 0, arguments[2] or 0, arguments[3], arguments[4] or 1)
-    size = shape_of(node.args[0])[axis]
-    stop = size if end is None else min(cast("int", end), size)
+    size = shape_of(args[0])[axis]
+    stop = size if end is None else min(end, size)
     return lo.writer.node(
-        "Slice", lo.tensor(node.args[0]), *(lo.writer.constant([n]) for n in (start, stop, axis, step))
+        "Slice", lo.tensor(args[0]), *(lo.writer.constant([n]) for n in (start, stop, axis, step))
     )
 
 
-def _select(lo: Lowering, node: Node) -> Value:
-    source, axis, index = cast("tuple[Node, int, int]", node.args)
+def _select(lo: Lowering, node: Node, args: Args) -> Value:
+    source, axis, index = args
     axis %= len(shape_of(source))
     index %= shape_of(source)[axis]
     part = lo.writer.node(
@@ -203,8 +208,8 @@ def _select(lo: Lowering, node: Node) -> Value:
     return lo.reshape(part, tuple(kept), shape_of(node))
 
 
-def _split(lo: Lowering, node: Node) -> tuple[Value, ...]:
-    source, sizes, axis = (*node.args, 0)[:3]
+def _split(lo: Lowering, node: Node, args: Args) -> tuple[Value, ...]:
+    source, sizes, axis = (*args, 0)[:3]
     if len(sizes) == 1:
         return (lo.tensor(source),)
     return lo.writer.nodes(
@@ -215,42 +220,44 @@ def _split(lo: Lowering, node: Node) -> tuple[Value, ...]:
     )
 
 
-def _concat(lo: Lowering, node: Node) -> Value:
-    parts, axis = (*node.args, 0)[:2]
-    if len(cast("list[Node]", parts)) == 1:
-        return lo.tensor(cast("list[Node]", parts)[0])
-    return lo.emit("Concat", node, *cast("list[Node]", parts), axis=cast("int", axis) % len(shape_of(node)))
+def _concat(lo: Lowering, node: Node, args: Args) -> Value:
+    parts, axis = (*args, 0)[:2]
+    if len(parts) == 1:
+        return lo.tensor(parts[0])
+    return lo.emit("Concat", node, *parts, axis=axis % len(shape_of(node)))
 
 
-def _clamp(lo: Lowering, node: Node) -> Value:
-    low, high = (*node.args[1:], *(None,) * 2)[:2]
-    value = lo.tensor(node.args[0], dtype_of(node))
+def _clamp(lo: Lowering, node: Node, args: Args) -> Value:
+    low, high = (*args[1:], *(None,) * 2)[:2]
+    value = lo.tensor(args[0], dtype_of(node))
     if low is not None:
         value = lo.writer.node("Max", value, lo.tensor(low, dtype_of(node)))
     return value if high is None else lo.writer.node("Min", value, lo.tensor(high, dtype_of(node)))
 
 
-def _rsqrt(lo: Lowering, node: Node) -> Value:
-    return lo.writer.node("Reciprocal", lo.emit("Sqrt", node, node.args[0]))
+def _rsqrt(lo: Lowering, node: Node, args: Args) -> Value:
+    return lo.writer.node("Reciprocal", lo.emit("Sqrt", node, args[0]))
 
 
-def _power(lo: Lowering, node: Node) -> Value:
-    if node.args[1] == 2:
-        return lo.emit("Mul", node, node.args[0], node.args[0])
-    return lo.emit("Pow", node, *node.args)
+def _power(lo: Lowering, node: Node, args: Args) -> Value:
+    if args[1] == 2:
+        return lo.emit("Mul", node, args[0], args[0])
+    return lo.emit("Pow", node, *args)
 
 
-def _addmm(lo: Lowering, node: Node) -> Value:
-    bias, left, right = node.args
+def _addmm(lo: Lowering, node: Node, args: Args) -> Value:
+    bias, left, right = args
+    if node.kwargs:
+        raise ConfigError(f"{node.target} with alpha or beta has no ONNX form in a plan")
     return lo.writer.node("Gemm", lo.tensor(left), lo.tensor(right), lo.tensor(bias))
 
 
 def _softmax(name: str) -> Rule:
-    return lambda lo, node: lo.writer.node(name, lo.tensor(node.args[0]), axis=node.args[1])
+    return lambda lo, node, args: lo.writer.node(name, lo.tensor(args[0]), axis=args[1])
 
 
-def _convolution(lo: Lowering, node: Node) -> Value:
-    x, kernel, bias, stride, padding, dilation, transposed, _, groups = node.args
+def _convolution(lo: Lowering, node: Node, args: Args) -> Value:
+    x, kernel, bias, stride, padding, dilation, transposed, _, groups = args
     inputs = [lo.tensor(x), lo.tensor(kernel), *([] if bias is None else [lo.tensor(bias)])]
     return lo.writer.node(
         "ConvTranspose" if transposed else "Conv",
@@ -262,46 +269,46 @@ def _convolution(lo: Lowering, node: Node) -> Value:
     )
 
 
-def _batch_norm(lo: Lowering, node: Node) -> tuple[Value]:
+def _batch_norm(lo: Lowering, node: Node, args: Args) -> tuple[Value]:
     """Normalisation with given statistics; the variants that compute them never reach this table."""
     legit = node.target is _ATEN._native_batch_norm_legit_no_training.default  # noqa: SLF001 - the name of the operator
-    if not legit and node.args[5]:
+    if not legit and args[5]:
         raise ConfigError("batch normalisation in training form must be compiled with the plan's layers")
     value = lo.writer.node(
         "BatchNormalization",
-        *(lo.tensor(a) for a in node.args[:5]),
-        epsilon=float(cast("float", node.args[-1])),
+        *(lo.tensor(a) for a in args[:5]),
+        epsilon=float(args[-1]),
     )
     return (value,)
 
 
-def _layer_norm(lo: Lowering, node: Node) -> tuple[Value, ...]:
-    x, shape, weight, bias, epsilon = node.args
+def _layer_norm(lo: Lowering, node: Node, args: Args) -> tuple[Value, ...]:
+    x, shape, weight, bias, epsilon = args
     return lo.writer.nodes(
         "LayerNormalization",
         [lo.tensor(x), lo.tensor(weight), lo.tensor(bias)],
         3,
-        axis=-len(cast("list[int]", shape)),
-        epsilon=float(cast("float", epsilon)),
+        axis=-len(shape),
+        epsilon=float(epsilon),
     )
 
 
-def _max_pool(lo: Lowering, node: Node) -> tuple[Value]:
+def _max_pool(lo: Lowering, node: Node, args: Args) -> tuple[Value]:
     """The pool of evaluation, traced as a two-dimensional one with a height of one."""
-    x, size, stride = (*node.args, None)[:3]
-    if len(node.args) > 3 and any(cast("list[int]", node.args[3])):
+    x, size, stride = (*args, None)[:3]
+    if len(args) > 3 and any(args[3]):
         raise ConfigError("max-pool with padding has no ONNX form in a plan")
     return (lo.writer.node("MaxPool", lo.tensor(x), kernel_shape=list(size), strides=list(stride or size)),)
 
 
-def _argmax(lo: Lowering, node: Node) -> Value:
-    keep = int(bool(node.args[2])) if len(node.args) > 2 else 0
-    return lo.writer.node("ArgMax", lo.tensor(node.args[0]), axis=node.args[1], keepdims=keep)
+def _argmax(lo: Lowering, node: Node, args: Args) -> Value:
+    keep = int(bool(args[2])) if len(args) > 2 else 0
+    return lo.writer.node("ArgMax", lo.tensor(args[0]), axis=args[1], keepdims=keep)
 
 
-def _shift_right(lo: Lowering, node: Node) -> Value:
+def _shift_right(lo: Lowering, node: Node, args: Args) -> Value:
     """Of numbers that are not negative (``integer_ranges`` makes no others)."""
-    x, amount = cast("tuple[Node, int]", node.args)
+    x, amount = args
     if int(np.prod(shape_of(node))) <= _LARGE:
         return lo.writer.node("Div", lo.tensor(x), lo.writer.constant(np.asarray(1 << amount)))
     unsigned = lo.writer.node("Cast", lo.tensor(x), to=onnx_type("uint64"))
@@ -310,18 +317,18 @@ def _shift_right(lo: Lowering, node: Node) -> Value:
     return lo.writer.node("Cast", shifted, to=onnx_type("int64"))
 
 
-def _divide(lo: Lowering, node: Node) -> Value:
+def _divide(lo: Lowering, node: Node, args: Args) -> Value:
     if node.kwargs.get("rounding_mode") is not None:
-        return lo.writer.node("Floor", lo.emit("Div", node, *node.args))
-    right = node.args[1]
+        return lo.writer.node("Floor", lo.emit("Div", node, *args))
+    right = args[1]
     if isinstance(right, float | int) and dtype_of(node) == "float32":
-        return lo.emit("Mul", node, node.args[0], 1.0 / right)
-    return lo.emit("Div", node, *node.args)
+        return lo.emit("Mul", node, args[0], 1.0 / right)
+    return lo.emit("Div", node, *args)
 
 
-def _where(lo: Lowering, node: Node) -> Value:
+def _where(lo: Lowering, node: Node, args: Args) -> Value:
     dtype = dtype_of(node)
-    condition, left, right = node.args
+    condition, left, right = args
     return lo.writer.node("Where", lo.tensor(condition), lo.tensor(left, dtype), lo.tensor(right, dtype))
 
 

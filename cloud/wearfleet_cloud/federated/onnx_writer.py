@@ -5,7 +5,7 @@ is no documentation string, source location or producer version in the result.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -15,7 +15,6 @@ from onnx import TensorProto, helper, numpy_helper
 __all__ = ["GraphWriter", "Value", "onnx_type"]
 
 Value = str
-Attribute = int | float | str | list[int]
 
 _OPSET: Final = 18
 _IR_VERSION: Final = 9
@@ -66,12 +65,12 @@ class GraphWriter:
             self._constants[key] = numpy_helper.from_array(values, f"c{len(self._constants)}")
         return self._constants[key].name
 
-    def node(self, operator: str, *inputs: Value, **attributes: Attribute) -> Value:
+    def node(self, operator: str, *inputs: Value, **attributes: Any) -> Value:
         """Append an operator with one output."""
         return self.nodes(operator, inputs, 1, **attributes)[0]
 
     def nodes(
-        self, operator: str, inputs: Sequence[Value], outputs: int, **attributes: Attribute
+        self, operator: str, inputs: Sequence[Value], outputs: int, **attributes: Any
     ) -> tuple[Value, ...]:
         """Append an operator with several outputs; an equal one made before is used again."""
         key = (operator, *inputs, outputs, *((name, repr(attributes[name])) for name in sorted(attributes)))

@@ -79,8 +79,8 @@ def _check_contract(model: Classifier, contract: InputContract) -> None:
     needs = (len(contract.channels), contract.window, len(contract.labels))
     if has != needs:
         raise ConfigError(
-            f"the model takes (channels, window, classes) {has} but the contract has {needs}; use the manifest that was "
-            "exported with this model"
+            f"the model takes (channels, window, classes) {has} but the contract has {needs}; use the manifest that "
+            "was exported with this model"
         )
 
 

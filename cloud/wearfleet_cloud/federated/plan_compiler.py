@@ -9,10 +9,9 @@ the standard domain only, and runs with the stock ``onnxruntime`` wheel.
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import onnx
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -117,7 +116,7 @@ def _write(module: GraphModule, inputs: Mapping[str, Node], outputs: tuple[str, 
             lowering.values[node] = writer.constant(tensor.numpy(), dtype_name(tensor.dtype))
         elif node.op == "call_function":
             lowering.lower(node)
-    (results,) = module.graph.output_node().args
+    results: Any = module.graph.output_node().args[0]
     for name, result in zip(outputs, results, strict=True):
         value = result.meta["val"]
         writer.output(OUTPUT_PREFIX + name, lowering.values[result], dtype_name(value.dtype), value.shape)

@@ -123,7 +123,8 @@ def _compare(
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise ProtocolError(
-                f"phase {phase.name}: {what} {name!r} is {found.get(name)} in the graph and {wanted.get(name)} in the plan"
+                f"phase {phase.name}: {what} {name!r} is {found.get(name)} in the graph and "
+                f"{wanted.get(name)} in the plan"
             )
 
 

@@ -12,15 +12,16 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from torch import Tensor
 from wearfleet_models import randomness
+from wearfleet_models.classifier import Classifier
 from wearfleet_models.layers import BatchNorm, Dropout, MaxPool
 
 __all__ = ["PlanBatchNorm", "PlanDropout", "PlanMaxPool", "with_plan_layers"]
 
 
-def with_plan_layers(model: nn.Module) -> nn.Module:
+def with_plan_layers(model: Classifier) -> Classifier:
     """A copy of ``model`` with every batch normalisation and max-pool replaced by the plan's form."""
     copied = copy.deepcopy(model)
     for owner in list(copied.modules()):
@@ -51,7 +52,9 @@ class PlanBatchNorm(BatchNorm):
         weights = torch.ones_like(x[:, 0, 0]) if weight is None else weight
         total = weights.sum()
         share = (weights / torch.clamp(total, min=1e-12))[:, None]
-        normalised, mean, variance = _WeightedNorm.apply(x, share, self.weight, self.bias, self.eps)
+        normalised, mean, variance = _WeightedNorm.apply(  # type: ignore[no-untyped-call]
+            x, share, self.weight, self.bias, self.eps
+        )
         count = total * x.shape[2]
         unbiased = variance.detach() * (count / torch.clamp(count - 1.0, min=1.0))
         self._track(mean.detach(), unbiased, self._rate * (total > 0).to(x.dtype))
@@ -67,7 +70,8 @@ class PlanMaxPool(MaxPool):
             return super().forward(x)
         groups = x.shape[2] // self.size
         cropped = x if groups * self.size == x.shape[2] else x[:, :, : groups * self.size]
-        return cast("Tensor", _GroupMaximum.apply(cropped.reshape(*x.shape[:2], groups, self.size)))
+        members = cropped.reshape(*x.shape[:2], groups, self.size)
+        return cast("Tensor", _GroupMaximum.apply(members))  # type: ignore[no-untyped-call]
 
 
 class PlanDropout(Dropout):
@@ -149,6 +153,6 @@ class _GroupMaximum(torch.autograd.Function):
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x * scale + shift per channel, in one pass: a batch normalisation with mean 0 and variance 1."""
+    """Per channel x * scale + shift, in one pass: a batch normalisation with mean 0 and variance 1."""
     zeros = torch.zeros_like(scale)
     return F.batch_norm(x, zeros, torch.ones_like(scale), scale, shift, training=False, eps=0.0)

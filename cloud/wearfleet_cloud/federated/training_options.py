@@ -96,7 +96,7 @@ def parse_options(cls: Any, options: Mapping[str, object]) -> dict[str, Any]:
         if name not in kinds:
             raise ConfigError(f"unknown option {name!r}; known: {', '.join(sorted(kinds))}")
         try:
-            parsed[name] = kinds[name](value)
+            parsed[name] = kinds[name](str(value))
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"option {name} must be of type {kinds[name].__name__}, got {value!r}"

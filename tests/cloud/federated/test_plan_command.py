@@ -12,11 +12,10 @@ from wearfleet_cloud.cli.plan import parse_settings, register
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.plan_files import check_plan, load_plan, save_plan
+from wearfleet_cloud.training.model_files import save_model
 from wearfleet_models.classifier import ModelSpec, build_classifier
 from wearfleet_protos.errors import ConfigError, IntegrityError, NotFoundError, ProtocolError
 from wearfleet_protos.tensors import digest_of
-
-from wearfleet_cloud.training.model_files import save_model
 
 
 def call(*arguments: str) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles.small_federation import model
 from torch import Tensor, nn
 from torch.func import functional_call
 from wearfleet_cloud.federated.plan_layers import (
@@ -11,7 +12,6 @@ from wearfleet_cloud.federated.plan_layers import (
     with_plan_layers,
 )
 from wearfleet_models.layers import BatchNorm, Dropout, MaxPool
-from oracles.small_federation import model
 
 
 def values_and_gradients(

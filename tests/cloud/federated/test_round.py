@@ -278,7 +278,8 @@ def test_laws_hold_over_every_history(
     assert {r.client: r.digest for r in current.receipts} == counted
     assert aggregations <= 1
     if current.state == RoundState.PUBLISHED:
-        assert current.result and aggregations == 1
+        assert current.result
+        assert aggregations == 1
 
 
 def check_step(before: Round, after: Round, effects: tuple[Effect, ...]) -> None:

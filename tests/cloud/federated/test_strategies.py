@@ -35,7 +35,11 @@ def contribution(name: str, result: ClientResult) -> Contribution:
 
 @pytest.mark.parametrize(
     ("name", "backbone"),
-    [*((name, "cnn") for name in STRATEGIES), ("fedavg", "transformer"), ("fedprox", "transformer")],
+    [
+        *((name, "cnn") for name in STRATEGIES),
+        ("fedavg", "transformer"),
+        pytest.param("fedprox", "transformer", marks=pytest.mark.slow),
+    ],
 )
 def test_a_round_of_the_plan_is_a_round_of_the_reference(name: str, backbone: str) -> None:
     options = {"batch_size": 16, "epochs": 2, "momentum": 0.9}
@@ -44,7 +48,7 @@ def test_a_round_of_the_plan_is_a_round_of_the_reference(name: str, backbone: st
     persisted = {n: a + np.asarray(0.25, a.dtype) for n, a in downloaded.items() if "norm1" in n}
     expected = run_client(strategy, network, downloaded, persisted, splits(1), seed=SEED, round_number=ROUND)
     plan, graphs = build_plan(strategy, network, CONTRACT, plan_id="p", seed=SEED)
-    state, update, metrics = run_plan(plan, graphs, downloaded, persisted, splits(1), ROUND)
+    state, update, metrics = run_plan(plan, graphs, downloaded, persisted, splits(1), round_number=ROUND)
     assert update.keys() == expected.update.keys()
     for tensor, array in expected.state.items():
         error = np.linalg.norm(state[tensor] - array) / max(float(np.linalg.norm(array)), 1e-3)
@@ -63,8 +67,8 @@ def test_fedprox_without_pull_is_fedavg_exactly() -> None:
         create_strategy("fedprox", {"mu": 0.0}), network, CONTRACT, plan_id="p"
     )
     start = arrays(network)
-    _, avg, _ = run_plan(avg_plan, avg_graphs, start, {}, splits(1), ROUND)
-    _, prox, _ = run_plan(prox_plan, prox_graphs, start, {}, splits(1), ROUND)
+    _, avg, _ = run_plan(avg_plan, avg_graphs, start, {}, splits(1), round_number=ROUND)
+    _, prox, _ = run_plan(prox_plan, prox_graphs, start, {}, splits(1), round_number=ROUND)
     for name, update in avg.items():
         np.testing.assert_array_equal(prox[name], update)
 
