@@ -8,7 +8,7 @@ clients there are, and the result is the same bit for bit. Means are updated inc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from wearfleet_protos.tensors import TensorRole, TensorSpec, check_finite, check
 __all__ = ["Arrays", "Averaged", "Averaging", "Contribution", "average", "check_update"]
 
 Arrays = Mapping[str, NDArray[np.generic]]
+
+_BLOCK: Final = 32_768
+"""Numbers folded at a time: 256 KiB of float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +118,19 @@ def average(
     ordered = _check_contributions(contributions)
     wanted = tuple(s for s in specs if s.role in upload.roles and s.group in upload.groups)
     _check_current(current, wanted)
-    pairs = _statistic_pairs(wanted) if averaging.statistics == "moments" else {}
-    sums = {s.name: _start(s) for s in wanted}
+    pairs = _statistic_pairs(wanted)
+    pooled = pairs if averaging.statistics == "moments" else {}
+    means = {spec.name: _start(spec) for spec in wanted}
     weight_before = 0.0
     for contribution in ordered:
         update = contribution.load()
         check_update(update, wanted, client=contribution.client)
+        _check_variances(contribution.client, update, current if upload.form == "delta" else {}, pairs)
         weight = float(contribution.num_examples) if averaging.weighting == "examples" else 1.0
         weight_before += weight
-        values = {s.name: _value(update[s.name], current[s.name], upload) for s in wanted}
-        _fold(wanted, pairs, sums, values, weight / weight_before)
+        _fold(wanted, pooled, means, update, weight / weight_before)
     return Averaged(
-        {name: _finish(name, array, sums) for name, array in current.items()},
+        {name: _finish(name, array, means, upload) for name, array in current.items()},
         tuple(c.client for c in ordered),
         sum(c.num_examples for c in ordered),
     )
@@ -166,37 +170,58 @@ def _statistic_pairs(specs: Sequence[TensorSpec]) -> dict[str, str]:
     return {variance.name: mean.name for mean, variance in zip(means, variances, strict=True)}
 
 
+def _check_variances(client: str, update: Arrays, start: Arrays, pairs: Mapping[str, str]) -> None:
+    """A negative variance would make every later evaluation NaN; rounding may leave one of -1e-6."""
+    for name in pairs:
+        values: NDArray[Any] = np.asarray(update[name], dtype=np.float64)
+        if name in start:
+            values = values + np.asarray(start[name], dtype=np.float64)
+        if values.size and values.min() < -1e-6:
+            raise AggregationError(
+                f"update of client {client} refused: variance {name} is negative ({values.min():.3g})"
+            )
+
+
 def _start(spec: TensorSpec) -> NDArray[Any]:
     if spec.role == TensorRole.COUNTER:
         return np.full(spec.shape, np.iinfo(spec.dtype).min, dtype=spec.dtype)
     return np.zeros(spec.shape, dtype=np.float64)
 
 
-def _value(update: NDArray[Any], current: NDArray[Any], upload: UploadSpec) -> NDArray[Any]:
-    """The client's tensor: float64, or its own integer type."""
-    kind = np.float64 if np.issubdtype(update.dtype, np.floating) else update.dtype
-    value = update.astype(kind)
-    return value + current.astype(kind) if upload.form == "delta" else value
-
-
 def _fold(
     specs: Sequence[TensorSpec],
     pairs: Mapping[str, str],
-    sums: dict[str, NDArray[Any]],
-    values: Mapping[str, NDArray[Any]],
+    means: dict[str, NDArray[Any]],
+    update: Mapping[str, NDArray[Any]],
     share: float,
 ) -> None:
-    """Take one client in, with ``share`` = its weight / weight so far; changes ``sums``."""
-    spread = {name: values[mean] - sums[mean] for name, mean in pairs.items()}
+    """Take one client in, with ``share`` = its weight / weight so far; changes ``means``.
+
+    Differences are averaged as they are: the spread of means does not depend on where they are counted from.
+    """
+    spread = {variance: update[mean] - means[mean] for variance, mean in pairs.items()}
     for spec in specs:
-        old, new = sums[spec.name], values[spec.name]
         if spec.role == TensorRole.COUNTER:
-            sums[spec.name] = np.maximum(old, new)
+            means[spec.name] = np.maximum(means[spec.name], update[spec.name])
             continue
-        sums[spec.name] = old + (new - old) * share
+        _move(means[spec.name], update[spec.name], share)
         if spec.name in spread:
-            sums[spec.name] += share * (1.0 - share) * spread[spec.name] ** 2
+            means[spec.name] += share * (1.0 - share) * spread[spec.name] ** 2
 
 
-def _finish(name: str, current: NDArray[Any], sums: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    return sums[name].astype(current.dtype) if name in sums else current
+def _move(mean: NDArray[Any], towards: NDArray[Any], share: float) -> None:
+    """Mean += (towards - mean) * share, in place and in blocks that stay in the cache."""
+    flat, other = mean.reshape(-1), towards.reshape(-1)
+    for begin in range(0, flat.size, _BLOCK):
+        block = flat[begin : begin + _BLOCK]
+        difference = np.subtract(other[begin : begin + _BLOCK], block, dtype=np.float64)
+        difference *= share
+        block += difference
+
+
+def _finish(
+    name: str, current: NDArray[Any], means: Mapping[str, NDArray[Any]], upload: UploadSpec
+) -> NDArray[Any]:
+    if name not in means:
+        return current
+    return np.asarray(current + means[name] if upload.form == "delta" else means[name]).astype(current.dtype)

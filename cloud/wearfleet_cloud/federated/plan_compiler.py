@@ -1,7 +1,7 @@
 """From a pure step to the bytes of an ordinary ONNX graph.
 
 A step is a function of named tensors. It is traced to ATen operators (``make_fx``; the gradient inside is traced
-too), rewritten (``lowering``, ``integer_ranges``) and written as ONNX opset 18 (``onnx_operators``,
+too), rewritten (``decompositions``, ``integer_ranges``) and written as ONNX opset 18 (``onnx_operators``,
 ``onnx_writer``). Compiling the same step twice gives the same bytes and the same digest. The graph holds operators of
 the standard domain only, and runs with the stock ``onnxruntime`` wheel.
 """
@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.tensors import Digest, digest_of
 
+from wearfleet_cloud.federated.decompositions import decompositions
 from wearfleet_cloud.federated.integer_ranges import shift_divisions
-from wearfleet_cloud.federated.lowering import decompositions
 from wearfleet_cloud.federated.onnx_operators import Lowering, dtype_name
 from wearfleet_cloud.federated.onnx_writer import GraphWriter
 

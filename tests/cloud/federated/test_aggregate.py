@@ -160,6 +160,7 @@ REFUSED: dict[str, tuple[list[Contribution], str]] = {
     "a client twice": ([from_client("a", 1, GOOD), from_client("a", 2, GOOD)], "contributes twice"),
     "no windows": ([from_client("a", 0, GOOD)], "at least 1"),
     "negative windows": ([from_client("a", -5, GOOD)], "at least 1"),
+    "a negative variance": ([from_client("a", 1, changed("v", [-0.5, 1]))], "variance v is negative"),
     "NaN": ([from_client("a", 1, GOOD), from_client("b", 1, changed("w", [0, np.nan, 0]))], "client b"),
     "infinity": ([from_client("a", 1, changed("v", [np.inf, 0]))], "NaN or infinity"),
     "another shape": ([from_client("a", 1, changed("w", [0, 0]))], "expected float32"),
@@ -177,6 +178,17 @@ def test_refused_and_the_current_tensors_are_untouched(what: str) -> None:
         average(SPECS, VALUE, CURRENT, updates)
     for name, array in before.items():
         np.testing.assert_array_equal(CURRENT[name], array)
+
+
+def test_a_difference_that_makes_a_variance_negative_is_refused() -> None:
+    with pytest.raises(AggregationError, match="variance v is negative"):
+        average(SPECS, DELTA, CURRENT, [from_client("a", 1, changed("v", [-1.5, 0]))])
+    average(SPECS, DELTA, CURRENT, [from_client("a", 1, changed("v", [-1.0, 0]))])
+
+
+def test_a_model_that_is_not_the_plans_is_refused() -> None:
+    with pytest.raises(AggregationError, match="not those of the plan"):
+        average(SPECS, VALUE, {n: a for n, a in CURRENT.items() if n != "w"}, [from_client("a", 1, GOOD)])
 
 
 def test_statistics_that_are_not_in_pairs_are_refused() -> None:

@@ -156,6 +156,10 @@ REFUSED: dict[str, tuple[Step, str]] = {
     "an unchanged input": (lambda t: {"r": t["a"]}, "unchanged input"),
     "division by three": (lambda t: {"r": t["i"] // 3}, "power of two"),
     "division of negative numbers": (lambda t: {"r": (t["i"] - 5) // 4}, "cannot be negative"),
+    "division after an overflow": (
+        lambda t: {"r": ((t["i"] & 0xFFFFFFFF) * 2**32) // 4},
+        "cannot be negative",
+    ),
     "padded convolution": (
         lambda t: {"r": torch.func.grad(lambda k: F.conv1d(t["a"], k, padding=1).sum())(t["a"])},
         "stride 1, no padding",
