@@ -343,7 +343,7 @@ class Mosquitto:
 
     def start(self):
         config = self.folder / "mosquitto.conf"
-        config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n{self.extra}\n")
+        config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\nuser root\n{self.extra}\n")
         program = shutil.which(
             "mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/sbin"
         )
@@ -358,7 +358,7 @@ class Mosquitto:
 
     def stop(self):
         if self.process is not None:
-            self.process.kill()
+            self.process.terminate()  # it writes its sessions when persistence is on
             self.process.wait()
             self.process = None
 

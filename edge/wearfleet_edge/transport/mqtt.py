@@ -37,6 +37,8 @@ _LOG = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT: Final = 20
 _CONNECT_SECONDS: Final = 10.0
+_MODERN_ANSWER_SECONDS: Final = 3.0
+"""Some brokers of 3.1.1 leave a CONNECT of version 5 without an answer; then the older version is tried."""
 _KEEPALIVE_SECONDS: Final = 30
 _IDLE_SECONDS: Final = 0.5
 _STABLE_SECONDS: Final = 10.0
@@ -222,7 +224,8 @@ class _Connection:
             raise TransportError(f"cannot connect ({error})") from error
         self._client.loop_start()
         with self._changed:
-            self._changed.wait_for(lambda: self._answer is not None or self._ended, _CONNECT_SECONDS)
+            patience = _MODERN_ANSWER_SECONDS if self._modern else _CONNECT_SECONDS
+            self._changed.wait_for(lambda: self._answer is not None or self._ended, patience)
             return self._answer or _Outcome.CLOSED
 
     def drain(self, stop: threading.Event) -> float:
