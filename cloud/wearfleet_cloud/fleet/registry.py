@@ -1,15 +1,7 @@
 """The model registry: an ONNX file and its manifest become a signed, released version."""
 
-import onnx
-from wearfleet_protos.errors import IntegrityError, ModelContractError
-from wearfleet_protos.manifest import (
-    MANIFEST_MEDIA_TYPE,
-    MODEL_INPUT,
-    MODEL_OUTPUTS,
-    ModelManifest,
-    metadata_of,
-)
-from wearfleet_protos.tensors import Digest, digest_of
+from wearfleet_protos.manifest import MANIFEST_MEDIA_TYPE, ModelManifest
+from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.fleet.signing import SigningKeys
 from wearfleet_cloud.storage.audit import append_audit
@@ -23,7 +15,7 @@ from wearfleet_cloud.storage.catalog import (
 )
 from wearfleet_cloud.storage.database import Database
 
-__all__ = ["ONNX_MEDIA_TYPE", "Registry", "check_model"]
+__all__ = ["ONNX_MEDIA_TYPE", "Registry"]
 
 ONNX_MEDIA_TYPE = "application/vnd.onnx"
 
@@ -52,10 +44,11 @@ class Registry:
             release: False stores the version without asking devices to run it.
 
         Raises:
-            IntegrityError: the bytes are not what the manifest says.
-            ModelContractError: the ONNX file lacks an input, output or metadata entry.
+            ModelContractError: the bytes are not what the manifest says, or lack what a device needs.
             ConflictError: the model line has this version or a higher one already.
         """
+        from wearfleet_cloud.export.contract import check_model  # noqa: PLC0415 - loads torch, which serving does not need
+
         check_model(model, manifest)
         document = self._keys.sign(manifest.to_bytes(), MANIFEST_MEDIA_TYPE)
         self._blobs.put(model, digest=manifest.digest)
@@ -102,36 +95,3 @@ class Registry:
             IntegrityError: they were changed.
         """
         return self._blobs.read(published.model_digest)
-
-
-def check_model(model: bytes, manifest: ModelManifest) -> None:
-    """Check that ONNX bytes are what their manifest says.
-
-    Raises:
-        IntegrityError: size or digest differ, or it is not an ONNX file.
-        ModelContractError: an input, output or metadata entry is missing or differs.
-    """
-    if len(model) != manifest.size_bytes or digest_of(model) != manifest.digest:
-        raise IntegrityError(
-            f"the model has {len(model)} bytes and digest {digest_of(model)}, its manifest says "
-            f"{manifest.size_bytes} and {manifest.digest}; export it again"
-        )
-    try:
-        proto = onnx.load_model_from_string(model)
-    except Exception as error:  # protobuf's own error types differ between its versions
-        raise IntegrityError(f"not an ONNX file: {error}") from error
-    _check_contract(proto, manifest)
-
-
-def _check_contract(proto: onnx.ModelProto, manifest: ModelManifest) -> None:
-    inputs, outputs = {i.name for i in proto.graph.input}, {o.name for o in proto.graph.output}
-    if MODEL_INPUT not in inputs or not set(MODEL_OUTPUTS) <= outputs:
-        raise ModelContractError(
-            f"the model must have input {MODEL_INPUT!r} and outputs {MODEL_OUTPUTS}, has {inputs} and {outputs}"
-        )
-    found = {entry.key: entry.value for entry in proto.metadata_props}
-    for key, value in metadata_of(manifest).items():
-        if found.get(key) != value:
-            raise ModelContractError(
-                f"metadata {key}: the manifest says {value!r}, the model {found.get(key)!r}"
-            )

@@ -126,14 +126,27 @@ class ExternalBroker:
     """
 
     def __init__(self, url: str, files: ServerFiles) -> None:
-        parts = urlsplit(url)
+        host, port, secure = self.place_of(url)
+        self._endpoint = BrokerEndpoint(host, port, client_context(files) if secure else None)
+
+    @staticmethod
+    def place_of(url: str) -> tuple[str, int, bool]:
+        """Host, port and whether TLS is used.
+
+        Raises:
+            ConfigError: another kind of URL.
+        """
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError(f"the broker's URL is wrong: {error}") from error
         if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
             raise ConfigError(
                 f"the broker's URL must look like mqtt://host:1883 or mqtts://host:8883, got {url!r}"
             )
-        tls = client_context(files) if parts.scheme == "mqtts" else None
-        port = parts.port or (8883 if tls else 1883)
-        self._endpoint = BrokerEndpoint(parts.hostname, port, tls)
+        secure = parts.scheme == "mqtts"
+        return parts.hostname, port or (8883 if secure else 1883), secure
 
     @property
     def endpoint(self) -> BrokerEndpoint:

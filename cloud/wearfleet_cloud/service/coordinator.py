@@ -189,7 +189,7 @@ class Coordinator:
         for device_id, submission in keeper.submissions.items():
             base = accuracy(submission.metrics, "base")
             if base is not None:
-                live.on_accuracy(device_id, base, accuracy(submission.metrics, "evaluate_local"))
+                live.on_accuracy(device_id, base, accuracy(submission.metrics, "evaluate_after"))
 
     def _cohort(self, keeper: RoundKeeper) -> CohortSelected | None:
         """The clients of a planned round; None while too few are there."""

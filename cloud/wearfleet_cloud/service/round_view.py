@@ -41,8 +41,8 @@ def round_view(
         metrics = submissions[device_id].metrics if device_id in submissions else {}
         participants[device_id] = Participant(
             _stage(current, device_id, stages),
-            accuracy(metrics, "evaluate_global"),
-            accuracy(metrics, "evaluate_local"),
+            accuracy(metrics, "evaluate_before"),
+            accuracy(metrics, "evaluate_after"),
         )
     state = (
         "personalising"
@@ -68,8 +68,8 @@ def finished_round(number: int, submissions: Mapping[str, Submission], seconds: 
     return FinishedRound(
         number,
         len(metrics),
-        _mean([accuracy(m, "evaluate_global") for m in metrics]),
-        _mean([accuracy(m, "evaluate_local") for m in metrics]),
+        _mean([accuracy(m, "evaluate_before") for m in metrics]),
+        _mean([accuracy(m, "evaluate_after") for m in metrics]),
         seconds,
     )
 

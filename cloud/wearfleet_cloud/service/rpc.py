@@ -28,9 +28,10 @@ from wearfleet_cloud.service.handlers import Artifacts, ChunkIn, Fleet, Reported
 from wearfleet_cloud.service.live import Stage
 from wearfleet_cloud.service.rpc_guard import Guard
 from wearfleet_cloud.service.run_context import Task
+from wearfleet_cloud.service.state_dir import RunningService
 from wearfleet_cloud.storage.run_records import Submission
 
-__all__ = ["Addresses", "RpcParts", "RpcServer"]
+__all__ = ["RpcParts", "RpcServer"]
 
 _LONGEST_WAIT_S: Final = 60.0
 _NOTHING_RETRY_S: Final = 0.0
@@ -57,16 +58,6 @@ _KINDS: Final = {
     "train": federation_pb2.TASK_KIND_TRAIN,
     "personalise": federation_pb2.TASK_KIND_PERSONALISE,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Addresses:
-    """What a device is told at enrolment: where the other services and the broker are."""
-
-    cloud: str
-    broker_host: str
-    broker_port: int
-    broker_tls: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +90,17 @@ class RpcServer:
         self._plain = grpc.ssl_server_credentials(pair)
         self.port = free_port(host, port, "service.port")
         self.enrol_port = free_port(host, enrol_port, "service.enrol_port")
-        self._addresses: Addresses | None = None
+        self._running: RunningService | None = None
         self._health = health.aio.HealthServicer()
         self._servers = [grpc.aio.server(options=_OPTIONS), grpc.aio.server(options=_OPTIONS)]
 
-    async def start(self, addresses: Addresses) -> None:
+    async def start(self, running: RunningService) -> None:
         """Listen on both ports.
 
         Raises:
             ConfigError: a port was taken meanwhile.
         """
-        self._addresses = addresses
+        self._running = running
         main, enrol = self._servers
         main.add_generic_rpc_handlers(tuple(self._main_services()))
         enrol.add_generic_rpc_handlers((_service("EnrolmentService", {"Enrol": self._enrol_method()}),))
@@ -190,7 +181,7 @@ class RpcServer:
         return self._parts.guard.anonymous("Enrol", enrolment_pb2.EnrolRequest, self._enrol)
 
     async def _enrol(self, request: enrolment_pb2.EnrolRequest) -> enrolment_pb2.EnrolResponse:
-        assert self._addresses is not None
+        assert self._running is not None
         enrolled = await self._parts.enrolment.enrol(request.code, request.csr_der, request.agent_version)
         keys = self._parts.keys.public_keys
         return enrolment_pb2.EnrolResponse(
@@ -198,14 +189,14 @@ class RpcServer:
             device_id=enrolled.device.device_id,
             certificate_chain_pem=enrolled.certificate.chain_pem,
             broker=enrolment_pb2.BrokerAddress(
-                host=self._addresses.broker_host,
-                port=self._addresses.broker_port,
-                tls=self._addresses.broker_tls,
+                host=self._running.broker.host,
+                port=self._running.broker.port,
+                tls=self._running.broker.tls,
             ),
             signing_keys=[
                 enrolment_pb2.SigningKey(key_id=name, public_key=raw) for name, raw in keys.items()
             ],
-            cloud_address=self._addresses.cloud,
+            cloud_address=self._running.cloud,
         )
 
     async def _renew(

@@ -24,10 +24,10 @@ from wearfleet_cloud.service.ingest import Ingest
 from wearfleet_cloud.service.live import LiveState
 from wearfleet_cloud.service.live_feed import LiveFeed, read_past
 from wearfleet_cloud.service.metrics import Metrics
-from wearfleet_cloud.service.rpc import Addresses, RpcParts, RpcServer
+from wearfleet_cloud.service.rpc import RpcParts, RpcServer
 from wearfleet_cloud.service.rpc_guard import Guard
 from wearfleet_cloud.service.state import State, open_state
-from wearfleet_cloud.service.state_dir import RunningService, exclusive, write_running
+from wearfleet_cloud.service.state_dir import BrokerPlace, RunningService, exclusive, write_running
 from wearfleet_cloud.service.updates import UpdateStore
 from wearfleet_cloud.service.web_server import WebServer
 
@@ -96,15 +96,14 @@ class Service:
         self._stack.push_async_callback(broker.stop)
         await self._start_ingest(state, broker)
         rpc, coordinator = self._build_calls(state, files)
-        addresses = self._addresses(broker, rpc)
-        await rpc.start(addresses)
+        running = self._describe(broker, rpc, web)
+        await rpc.start(running)
         self._stack.push_async_callback(rpc.stop, _GRACE_S)
         await coordinator.refresh()
         self._stack.push_async_callback(coordinator.stop)
         self._stack.push_async_callback(rpc.refuse_new)
         broker.admit_devices()
         self._watch(state, broker, coordinator)
-        running = self._describe(rpc, web, addresses)
         write_running(service.state_dir, running)
         self._healthy = True
         return running
@@ -152,21 +151,11 @@ class Service:
         rpc = RpcServer(calls, files, host=service.host, port=service.port, enrol_port=service.enrol_port)
         return rpc, coordinator
 
-    def _addresses(self, broker: Broker, rpc: RpcServer) -> Addresses:
+    def _describe(self, broker: Broker, rpc: RpcServer, web: WebServer) -> RunningService:
         public, endpoint = self.settings.service.public_host, broker.endpoint
         host = endpoint.host if self.settings.broker.kind == "external" else public
-        return Addresses(f"{public}:{rpc.port}", host, endpoint.port, endpoint.tls is not None)
-
-    def _describe(self, rpc: RpcServer, web: WebServer, addresses: Addresses) -> RunningService:
-        public = self.settings.service.public_host
-        scheme = "mqtts" if addresses.broker_tls else "mqtt"
-        return RunningService(
-            pid=os.getpid(),
-            grpc=addresses.cloud,
-            enrol=f"{public}:{rpc.enrol_port}",
-            web=f"http://{public}:{web.port}",
-            broker=f"{scheme}://{addresses.broker_host}:{addresses.broker_port}",
-        )
+        place = BrokerPlace(host, endpoint.port, endpoint.tls is not None)
+        return RunningService(os.getpid(), public, rpc.port, rpc.enrol_port, web.port, place)
 
     def _watch(self, state: State, broker: Broker, coordinator: Coordinator) -> None:
         """Notice what commands change in the database."""

@@ -13,20 +13,45 @@ from wearfleet_protos.errors import ConfigError
 
 from wearfleet_cloud.fleet.private_files import read_private, write_private
 
-__all__ = ["RunningService", "exclusive", "read_running", "write_running"]
+__all__ = ["BrokerPlace", "RunningService", "exclusive", "read_running", "write_running"]
 
 _FILE: Final = "service.json"
 
 
 @dataclass(frozen=True, slots=True)
+class BrokerPlace:
+    """Where devices reach the broker."""
+
+    host: str
+    port: int
+    tls: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RunningService:
-    """Where a service listens; ``host:port`` except for the two URLs."""
+    """Where devices and people reach a service: one host, three ports, and the broker."""
 
     pid: int
-    grpc: str
-    enrol: str
-    web: str
-    broker: str
+    host: str
+    cloud_port: int
+    enrol_port: int
+    web_port: int
+    broker: BrokerPlace
+
+    @property
+    def cloud(self) -> str:
+        """``host:port`` of gRPC with mutual TLS."""
+        return f"{self.host}:{self.cloud_port}"
+
+    @property
+    def enrol(self) -> str:
+        """``host:port`` of enrolment."""
+        return f"{self.host}:{self.enrol_port}"
+
+    @property
+    def web(self) -> str:
+        """URL of the live page."""
+        return f"http://{self.host}:{self.web_port}"
 
 
 @contextmanager
@@ -71,6 +96,7 @@ def read_running(state_dir: Path) -> RunningService | None:
     if not path.exists():
         return None
     try:
-        return RunningService(**json.loads(read_private(path)))
-    except (ValueError, TypeError) as error:
+        values = json.loads(read_private(path))
+        return RunningService(**{**values, "broker": BrokerPlace(**values["broker"])})
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is damaged ({error}); start the service again") from error

@@ -1,0 +1,149 @@
+"""``wearfleet-cloud devices``: who is enrolled, tickets for new ones, revocation."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wearfleet_cloud.cli.state_options import (
+    ConfigFile,
+    Json,
+    StateFolder,
+    opened,
+    print_json,
+    print_table,
+    time_text,
+)
+
+if TYPE_CHECKING:
+    from wearfleet_cloud.storage.device_records import Device, StreamCount
+
+__all__ = ["register"]
+
+_group = typer.Typer(help="List, enrol and revoke devices.", no_args_is_help=True)
+
+DeviceId = Annotated[str, typer.Argument(help="Id from `devices list`.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group ``devices`` to the command line."""
+    app.add_typer(_group, name="devices")
+
+
+@_group.command("list")
+def list_devices(config: ConfigFile = None, state: StateFolder = None, as_json: Json = False) -> None:
+    """Every enrolled device, what it runs, and what came of its windows."""
+    from wearfleet_cloud.storage import device_records
+
+    with opened(config, state) as (_, service), service.database.read() as connection:
+        known = device_records.list_devices(connection)
+        counts = device_records.stream_counts(connection)
+    rows = [_summary(device, counts) for device in known]
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ("device", "name", "tenant", "last seen", "model", "personal", "windows", "lost", "again", "state"),
+        [
+            (
+                row["device_id"], row["name"], row["tenant"], time_text(row["last_seen_ns"]), row["model_version"],
+                "yes" if row["personalised"] else "no", row["windows"]["received"], row["windows"]["lost"],
+                row["windows"]["duplicated"], "revoked" if row["revoked_ns"] else "active",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+@_group.command("show")
+def show(
+    device_id: DeviceId, config: ConfigFile = None, state: StateFolder = None, as_json: Json = False
+) -> None:
+    """Everything known of one device."""
+    from wearfleet_cloud.storage import device_records
+
+    with opened(config, state) as (_, service), service.database.read() as connection:
+        device = device_records.find_device(connection, device_id)
+        counts = device_records.stream_counts(connection, device_id)
+        health = device_records.health_of(connection, device_id)
+    row = _summary(device, counts) | {"health": health, "streams": [_stream(count) for count in counts]}
+    if as_json:
+        print_json(row)
+        return
+    print_table(("what", "value"), [(name, value) for name, value in row.items() if name != "streams"])
+
+
+@_group.command("enrol-code")
+def enrol_code(
+    *,
+    name: Annotated[str, typer.Option(help="Name of the device: a-z, 0-9 and inner hyphens.")],
+    tenant: Annotated[str | None, typer.Option(help="Tenant of the device.")] = None,
+    hours: Annotated[float, typer.Option(min=0.01, help="The ticket can be used so long.")] = 24.0,
+    address: Annotated[
+        str | None, typer.Option(help="host:port of enrolment, as the device reaches it.")
+    ] = None,
+    config: ConfigFile = None,
+    state: StateFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Print a ticket for one new device; it works once."""
+    from wearfleet_cloud.service.enrolment import make_ticket
+    from wearfleet_cloud.service.state_dir import read_running
+
+    with opened(config, state) as (settings, service):
+        running = read_running(settings.service.state_dir)
+        default = f"{settings.service.public_host}:{settings.service.enrol_port}"
+        ticket = make_ticket(
+            service.database,
+            service.authority,
+            address or (running.enrol if running else default),
+            name=name,
+            tenant=tenant or settings.service.tenant,
+            now_ns=time.time_ns(),
+            hours=hours,
+        )
+    if as_json:
+        print_json({"ticket": ticket.encode(), "address": ticket.cloud_address, "name": name})
+        return
+    print(ticket.encode())
+
+
+@_group.command("revoke")
+def revoke(
+    device_id: DeviceId, config: ConfigFile = None, state: StateFolder = None, as_json: Json = False
+) -> None:
+    """Shut a device out of both planes, for good; a running service notices within a second."""
+    from wearfleet_cloud.storage.audit import append_audit
+    from wearfleet_cloud.storage.device_records import revoke_device
+
+    now_ns = time.time_ns()
+    with opened(config, state) as (_, service), service.database.write() as connection:
+        device = revoke_device(connection, device_id, now_ns)
+        append_audit(connection, now_ns, "device.revoke", device_id)
+    if as_json:
+        print_json(asdict(device))
+        return
+    print(f"{device_id} is revoked")
+
+
+def _summary(device: Device, counts: list[StreamCount]) -> dict[str, Any]:
+    own = [count for count in counts if count.device_id == device.device_id]
+    return asdict(device) | {
+        "windows": _total([count for count in own if count.kind == "window"]),
+        "predictions": _total([count for count in own if count.kind == "prediction"]),
+    }
+
+
+def _total(counts: list[StreamCount]) -> dict[str, int]:
+    return {
+        "received": sum(count.received for count in counts),
+        "lost": sum(count.lost for count in counts),
+        "duplicated": sum(count.duplicated for count in counts),
+    }
+
+
+def _stream(count: StreamCount) -> dict[str, Any]:
+    return asdict(count) | {"lost": count.lost}
