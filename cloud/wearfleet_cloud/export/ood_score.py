@@ -2,9 +2,15 @@
 
 Two scores, larger = further away:
 
-* ``energy``: ``-logsumexp(logits)``. Finds windows on which the classifier is unsure.
+* ``energy``: ``-logsumexp(logits)``. Finds windows on which the classifier errs.
 * ``mahalanobis``: squared distance of the embedding to the nearest class mean under one tied covariance. Finds
-  windows that look like no training window; the default, by measurement (``tests/benchmarks/bench_ood.py``).
+  windows that look like no training window. The default.
+
+Measured by ``tests/benchmarks/bench_ood.py`` (mean AUROC on HAPT and USC-HAD, CNN, 1000 steps):
+
+    unseen activity   mahalanobis 0.74 and 0.76 (full rank 0.70 and 0.70), energy 0.50 and 0.45
+    turned sensor     mahalanobis 0.72 and 0.71 (full rank 0.71 and 0.70), energy 0.23 and 0.03
+    own errors        mahalanobis 0.35 and 0.48 (full rank 0.37 and 0.52), energy 0.85 and 0.80
 
 The full F x F whitening would cost more than the network itself (F = 832: 692 k multiplications against 350 k), so
 the covariance ``S = U diag(l) U'`` keeps its ``r`` largest eigenvalues and replaces the others by their mean ``s``:
