@@ -30,10 +30,10 @@ def derive(rng: Tensor, salt: int | Tensor) -> Tensor:
 
     Args:
         rng: () int64 key, not negative.
-        salt: what the new key is for, 0 <= salt < 2**32; a () int64 tensor where it varies.
+        salt: what the new key is for, 0 <= salt < 2**32; an int64 tensor of any shape for many keys at once.
 
     Returns:
-        () int64 key below 2**62.
+        Keys below 2**62, int64, of the shape of ``salt``.
     """
     low, high = _key_words(rng, salt)
     return low + (high & 0x3FFFFFFF) * 4294967296

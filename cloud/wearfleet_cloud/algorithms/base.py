@@ -28,6 +28,7 @@ __all__ = [
     "call",
     "cross_entropy",
     "descend",
+    "domain_risks",
     "features_of_domains",
     "initial_state",
     "pooled",
@@ -206,10 +207,11 @@ def features_of_domains(
     """
     network = _WithFeatures(model)
     tensors = {f"model.{name}": tensor for name, tensor in (*params.items(), *buffers.items())}
+    keys = randomness.derive(rng, torch.arange(batch.y.shape[0], device=rng.device))
     passes: list[tuple[Tensor, Tensor]] = []
     for domain in range(batch.y.shape[0]):
         weight = None if batch.weight is None else batch.weight[domain]
-        arguments = (batch.x[domain], weight, randomness.derive(rng, domain))
+        arguments = (batch.x[domain], weight, keys[domain])
         passes.append(functional_call(network, tensors, arguments))
     features, logits = (torch.stack(parts) for parts in zip(*passes, strict=True))
     return features, logits, {name: tensors[f"model.{name}"] for name in buffers}
@@ -244,8 +246,25 @@ def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Te
     return (losses * weight).sum() / torch.clamp(weight.sum(), min=1e-12)
 
 
+def domain_risks(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of every domain, nats.
+
+    Args:
+        logits: (D, B, K).
+        y: (D, B) int64.
+        weight: (D, B) weights, None for ones.
+
+    Returns:
+        (D,).
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").reshape(y.shape)
+    if weight is None:
+        return losses.mean(dim=1)
+    return (losses * weight).sum(dim=1) / torch.clamp(weight.sum(dim=1), min=1e-12)
+
+
 def accuracy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Share of windows whose largest logit is the right one: (), arguments as in ``cross_entropy``."""
+    """Share of windows whose largest logit is the right one: (), for logits (..., K), y and weight (...)."""
     hits = (logits.detach().argmax(dim=-1) == y).to(logits.dtype)
     if weight is None:
         return hits.mean()

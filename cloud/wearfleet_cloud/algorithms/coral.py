@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from wearfleet_models import Classifier
 
@@ -14,8 +13,8 @@ from wearfleet_cloud.algorithms.base import (
     State,
     Tensors,
     accuracy,
-    cross_entropy,
     descend,
+    domain_risks,
     features_of_domains,
     initial_state,
 )
@@ -56,13 +55,11 @@ class Coral:
         self, state: State, batch: Batch, hyper: Mapping[str, Tensor], rng: Tensor
     ) -> tuple[State, dict[str, Tensor]]:
         """As ``Algorithm.step``; metrics "loss", "risk", "penalty" and "accuracy"."""
-        weights = [None] * len(batch.y) if batch.weight is None else list(batch.weight)
 
         def objective(params: Tensors, buffers: Tensors) -> tuple[Tensor, tuple[Tensors, Tensors]]:
             features, logits, after = features_of_domains(self.model, params, buffers, batch, rng)
-            domains = list(zip(logits, batch.y, weights, strict=True))
-            risk = torch.stack([cross_entropy(*domain) for domain in domains]).mean()
-            right = torch.stack([accuracy(*domain) for domain in domains]).mean()
+            risk = domain_risks(logits, batch.y, batch.weight).mean()
+            right = accuracy(logits, batch.y, batch.weight)
             penalty = coral_penalty(features, batch.weight)
             loss = risk + hyper["gamma"] * penalty
             return loss, ({"risk": risk, "penalty": penalty, "accuracy": right}, after)

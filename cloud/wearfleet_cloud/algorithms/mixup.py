@@ -89,13 +89,13 @@ class Mixup:
         """As ``Algorithm.step``; metrics "loss" and "accuracy" (the latter weighs both labels of a pair)."""
         mixed = self._pairs(batch, hyper["alpha"], rng)
         groups = mixed.y.shape[0]
+        keys = randomness.derive(rng, torch.arange(groups, device=rng.device))
 
         def objective(params: Tensors, buffers: Tensors) -> tuple[Tensor, tuple[Tensors, Tensors]]:
             loss, right = torch.zeros((), device=mixed.x.device), torch.zeros((), device=mixed.x.device)
             for group in range(groups):
                 weight = None if mixed.weight is None else mixed.weight[group]
-                key = randomness.derive(rng, group)
-                logits, buffers = call(self.model, params, buffers, mixed.x[group], weight, key)
+                logits, buffers = call(self.model, params, buffers, mixed.x[group], weight, keys[group])
                 for share, y in ((mixed.lam[group], mixed.y), (1.0 - mixed.lam[group], mixed.other)):
                     loss = loss + share * cross_entropy(logits, y[group], weight)
                     right = right + share * accuracy(logits, y[group], weight)

@@ -14,7 +14,7 @@ from wearfleet_cloud.algorithms.base import Algorithm, Batch, State
 
 __all__ = ["Resident", "advance", "resident"]
 
-_BLOCK = 64  # steps whose indices are drawn by one call
+_BLOCK = 64  # steps whose indices and keys are drawn by one call
 _INDICES, _STEPS = 1, 2  # what a key of a run is for
 
 
@@ -98,12 +98,13 @@ def advance(
     """
     index_key, step_key = randomness.derive(key, _INDICES), randomness.derive(key, _STEPS)
     sums: dict[str, Tensor] = {}
-    indices = data.indices(index_key, steps.start // _BLOCK, batch)
     for step in steps:
-        if step % _BLOCK == 0:
+        if step == steps.start or step % _BLOCK == 0:
             indices = data.indices(index_key, step // _BLOCK, batch)
-        rng = randomness.derive(step_key, step)
-        state, metrics = algorithm.step(state, data.batch(indices[step % _BLOCK]), hyper, rng)
+            numbers = torch.arange(_BLOCK, device=key.device) + step // _BLOCK * _BLOCK
+            keys = randomness.derive(step_key, numbers)
+        place = step % _BLOCK
+        state, metrics = algorithm.step(state, data.batch(indices[place]), hyper, keys[place])
         sums = {name: sums[name] + value if sums else value for name, value in metrics.items()}
         on_step(step + 1)
     return state, {name: value / len(steps) for name, value in sums.items()}
