@@ -26,7 +26,7 @@ from wearfleet_edge.federated import Device, FederatedWorker
 from wearfleet_edge.heartbeat import Heartbeat, renew_if_due
 from wearfleet_edge.identity import Broker, Enrolment, load_enrolment, require_valid_certificate
 from wearfleet_edge.local_state import LocalState
-from wearfleet_edge.memory import resident_bytes
+from wearfleet_edge.memory import release_memory, resident_bytes
 from wearfleet_edge.models import ActiveModel
 from wearfleet_edge.outbox import Outbox
 from wearfleet_edge.pipeline import HeaderFactory
@@ -153,6 +153,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         self._load_installed()
+        release_memory()
         self._link.start()
         threads = [self._thread("heartbeat", self._heartbeat_loop)]
         if self._wearer.has_recordings:

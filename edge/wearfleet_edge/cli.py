@@ -204,3 +204,7 @@ def _lines(facts: dict[str, object]) -> str:
 
 def _show(facts: object, text: str, *, as_json: bool) -> None:
     print(json.dumps(facts) if as_json else text)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ from wearfleet_protos.signing import MAX_SIGNED_BYTES, verify
 from wearfleet_protos.tensors import check_finite, decode_tensors, digest_of, encode_tensors
 
 from wearfleet_edge.local_state import LocalState, PendingResult, PersonalOrigin, encode_personal
-from wearfleet_edge.memory import release_free_memory
+from wearfleet_edge.memory import release_memory
 from wearfleet_edge.runtime import Evaluation, Personal, Recogniser
 from wearfleet_edge.trainer import (
     personal_tensors,
@@ -156,7 +156,7 @@ class FederatedWorker:
             self._cloud.decline(task, self.progress.last_error)
             return
         finally:
-            release_free_memory()
+            release_memory()
         if result is not None:
             self._local.save(result)
             self._deliver(result)

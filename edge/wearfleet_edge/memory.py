@@ -1,4 +1,4 @@
-"""Resident memory of this process, and giving freed memory back to the system."""
+"""Resident memory of this process, and giving back what it does not need now."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import Final
 
-__all__ = ["release_free_memory", "resident_bytes"]
+__all__ = ["release_memory", "resident_bytes"]
 
 _STATM: Final = Path("/proc/self/statm")
+_MAPS: Final = Path("/proc/self/maps")
+_MADV_DONTNEED: Final = 4
 
 
 def resident_bytes() -> int:
@@ -21,8 +23,28 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def release_free_memory() -> None:
-    """Ask the C library to return freed pages; training leaves many. Nothing happens where it cannot."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+def release_memory() -> None:
+    """Give back freed heap, and program code that only start-up or training needed; nothing where it cannot be done.
+
+    Loading libraries and models touches tens of megabytes of code that runs once. Pages of code are clean copies of
+    files: the system drops them at once and reads back from its cache the few that are used again. Only executable
+    mappings are dropped, because read-only data may hold relocations that are in no file.
+    """
+    library = ctypes.CDLL(None)
+    trim = getattr(library, "malloc_trim", None)
     if trim is not None:
         trim(0)
+    if _MAPS.exists():
+        for begin, end in _code_mappings(_MAPS.read_text()):
+            library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
+
+
+def _code_mappings(maps: str) -> list[tuple[int, int]]:
+    """Address ranges of executable, never written mappings of files."""
+    found = []
+    for line in maps.splitlines():
+        parts = line.split(maxsplit=5)
+        if len(parts) == 6 and parts[1] == "r-xp" and parts[5].startswith("/"):
+            begin, end = parts[0].split("-")
+            found.append((int(begin, 16), int(end, 16)))
+    return found

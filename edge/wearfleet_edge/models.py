@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from wearfleet_protos.errors import NotFoundError
 
+from wearfleet_edge.memory import release_memory
 from wearfleet_edge.runtime import Personal, Recogniser
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class ActiveModel:
         with self._changed:
             self._installed, self._recogniser = installed, recogniser
             self._changed.notify_all()
+        release_memory()
 
     @property
     def installed(self) -> InstalledModel | None:
