@@ -78,10 +78,9 @@ def advance(
     batch: int,
     on_step: Callable[[int], None],
 ) -> tuple[State, dict[str, Tensor]]:
-    """Make consecutive steps.
+    """Make consecutive steps and read nothing back from the device.
 
-    Batches and random numbers depend on the key and the number of the step alone, so a run in pieces is the same
-    run. Nothing is read back from the device.
+    Batches and random numbers depend on key and step alone, so a run in pieces is the same run.
 
     Args:
         algorithm: whose steps.
@@ -101,10 +100,10 @@ def advance(
     for step in steps:
         if step == steps.start or step % _BLOCK == 0:
             indices = data.indices(index_key, step // _BLOCK, batch)
-            numbers = torch.arange(_BLOCK, device=key.device) + step // _BLOCK * _BLOCK
-            keys = randomness.derive(step_key, numbers)
-        place = step % _BLOCK
-        state, metrics = algorithm.step(state, data.batch(indices[place]), hyper, keys[place])
+            begin = step - step % _BLOCK
+            keys = randomness.derive(step_key, torch.arange(begin, begin + _BLOCK, device=key.device))
+        drawn = data.batch(indices[step % _BLOCK])
+        state, metrics = algorithm.step(state, drawn, hyper, keys[step % _BLOCK])
         sums = {name: sums[name] + value if sums else value for name, value in metrics.items()}
         on_step(step + 1)
     return state, {name: value / len(steps) for name, value in sums.items()}
