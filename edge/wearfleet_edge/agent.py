@@ -34,7 +34,7 @@ from wearfleet_edge.policy import sharing_policy
 from wearfleet_edge.scores import Scores
 from wearfleet_edge.sensors.replay import load_replay
 from wearfleet_edge.slots import Slots
-from wearfleet_edge.state import write_json
+from wearfleet_edge.state import lock_directory, write_json
 from wearfleet_edge.status import StatusSource, health_entry, make_status
 from wearfleet_edge.streaming import Streamer
 from wearfleet_edge.trainer import Limits
@@ -54,6 +54,8 @@ _LOG = logging.getLogger(__name__)
 
 _STATUS_SECONDS: Final = 1.0
 _RENEWAL_CHECK_SECONDS: Final = 3600.0
+_SHORTEST_DELAY_SECONDS: Final = 0.02
+"""Whatever a service answers, it is not asked more often."""
 _AGENT_VERSION: Final = version("wearfleet")
 
 
@@ -80,6 +82,7 @@ class Agent:
 
     Raises:
         NotFoundError: the directory is not enrolled.
+        ConflictError: another agent runs with this directory.
         ConfigError: the certificate's dates or a setting are wrong.
         DataError: the recording or the outbox cannot be read.
     """
@@ -87,8 +90,9 @@ class Agent:
     def __init__(self, options: AgentOptions) -> None:
         self._options = options
         state, config = options.state, options.config
-        state.create()
         enrolment = load_enrolment(state)
+        state.create()
+        self._lock = lock_directory(state)
         require_valid_certificate(state, datetime.now(UTC))
         self._state = state
         self._device_id = enrolment.device_id
@@ -166,6 +170,7 @@ class Agent:
             self._shut_down(threads)
         status = self._write_status(running=False)
         self._outbox.close()
+        self._lock.close()
         if self._failure is not None:
             raise self._failure
         return status
@@ -205,9 +210,11 @@ class Agent:
         def step() -> float:
             nonlocal next_renewal
             if time.monotonic() >= next_renewal:
+                next_renewal = (
+                    time.monotonic() + _RENEWAL_CHECK_SECONDS
+                )  # a failure must not hold up heartbeats
                 if renew_if_due(self._cloud, self._state, self._device_id, datetime.now(UTC)):
                     self._cloud.reopen()
-                next_renewal = time.monotonic() + _RENEWAL_CHECK_SECONDS
             return self._heartbeat.step()
 
         self._repeat("heartbeat", step)
@@ -228,7 +235,7 @@ class Agent:
                 failures += 1
                 delay = self._backoff.delay(failures)
                 _LOG.warning("%s: %s; next try in %.1f s", what, error, delay)
-            self._stop.wait(delay)
+            self._stop.wait(max(delay, _SHORTEST_DELAY_SECONDS))
 
     def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:

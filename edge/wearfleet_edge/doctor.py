@@ -7,15 +7,19 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from wearfleet_protos.errors import ConfigError, DataError, NotFoundError, TransportError, WearfleetError
 
 from wearfleet_edge.config import load_config
 from wearfleet_edge.identity import certificate_validity, load_enrolment, require_valid_certificate
+from wearfleet_edge.state import read_json
 
 if TYPE_CHECKING:
+    from wearfleet_edge.identity import Enrolment
     from wearfleet_edge.state import StateDirectory
+    from wearfleet_edge.transport.cloud import Reported
 
 __all__ = ["Check", "examine"]
 
@@ -132,16 +136,31 @@ def _broker(state: StateDirectory) -> str:
 
 
 def _cloud(state: StateDirectory) -> str:
-    from wearfleet_edge.transport.cloud import Reported  # noqa: PLC0415
     from wearfleet_edge.transport.rpc import RpcCloud  # noqa: PLC0415  imports gRPC
 
     enrolment = load_enrolment(state)
     cloud = RpcCloud.of_device(state, enrolment)
     try:
-        reply = cloud.heartbeat(Reported("doctor", "", 0, personalised=False, refusal=""))
+        reply = cloud.heartbeat(_reported(state, enrolment))
     finally:
         cloud.close()
     error_s = datetime.now(UTC).timestamp() - reply.server_unix_ns / 1e9
     if abs(error_s) > _LARGEST_CLOCK_ERROR_S:
         raise ConfigError(f"this clock differs from the cloud's by {error_s:.0f} s; set it")
     return f"{enrolment.cloud_address}, clock error {error_s:+.1f} s"
+
+
+def _reported(state: StateDirectory, enrolment: Enrolment) -> Reported:
+    """What this device runs by its files: a report must be true, also when only the doctor sends it."""
+    from wearfleet_edge.slots import Slots  # noqa: PLC0415
+    from wearfleet_edge.transport.cloud import Reported  # noqa: PLC0415
+
+    installed = Slots(state.models, enrolment.signing_keys).current()
+    said = read_json(state.status) if state.status.exists() else {}
+    return Reported(
+        agent_version=version("wearfleet"),
+        manifest_digest=installed.manifest_digest if installed else "",
+        model_version=installed.manifest.version if installed else 0,
+        personalised=bool(said.get("personalised")),
+        refusal=str(said.get("model_refusal", "")),
+    )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
-from wearfleet_protos.errors import DataError
+from wearfleet_protos.errors import ConflictError, DataError
 
-__all__ = ["StateDirectory", "atomic_write", "read_json", "write_json"]
+__all__ = ["StateDirectory", "atomic_write", "lock_directory", "read_json", "sync_directory", "write_json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,26 @@ class StateDirectory:
         """Make the directory and those below it, closed to other users."""
         for path in (self.root, self.key.parent, self.models, self.artifacts, self.federated):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def lock_directory(state: StateDirectory) -> IO[bytes]:
+    """Make sure that one agent only runs with a directory; the lock ends with the process, however it ends.
+
+    Returns:
+        An open file that holds the lock until it is closed.
+
+    Raises:
+        ConflictError: another agent holds it.
+    """
+    file = (state.root / "agent.lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConflictError(
+            f"another agent runs with {state.root}; stop it, or use another --state"
+        ) from error
+    return file
 
 
 def atomic_write(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:

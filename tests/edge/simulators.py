@@ -1,3 +1,4 @@
+# ruff: noqa: N802  gRPC methods have the names of the protocol
 """Stand-ins for what an agent talks to: a cloud in memory, the same cloud behind real gRPC, a certificate authority."""
 
 from __future__ import annotations

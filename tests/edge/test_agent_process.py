@@ -10,17 +10,6 @@ from contextlib import ExitStack
 
 import paho.mqtt.client as paho
 import pytest
-from paho.mqtt.enums import CallbackAPIVersion
-from wearfleet_edge.enrolment import enrol_device
-from wearfleet_edge.outbox import inspect_outbox
-from wearfleet_edge.state import StateDirectory, read_json
-from wearfleet_edge.transport.cloud import Task
-from wearfleet_protos.codec import decode_prediction, decode_window
-from wearfleet_protos.recording import save_recordings
-from wearfleet_protos.tensors import encode_tensors
-from wearfleet_protos.ticket import EnrolmentTicket
-from wearfleet_protos.windowing import WindowSpec, cut_labelled
-
 from edge.simulators import (
     Authority,
     GrpcService,
@@ -32,6 +21,16 @@ from edge.simulators import (
     wait_until,
 )
 from edge.tiny_graphs import LABELS, TENSORS, make_plan, make_recording, make_release
+from paho.mqtt.enums import CallbackAPIVersion
+from wearfleet_edge.enrolment import enrol_device
+from wearfleet_edge.outbox import inspect_outbox
+from wearfleet_edge.state import StateDirectory, read_json
+from wearfleet_edge.transport.cloud import Task
+from wearfleet_protos.codec import decode_prediction, decode_window
+from wearfleet_protos.recording import save_recordings
+from wearfleet_protos.tensors import encode_tensors
+from wearfleet_protos.ticket import EnrolmentTicket
+from wearfleet_protos.windowing import WindowSpec, cut_labelled
 
 pytestmark = [pytest.mark.broker, pytest.mark.e2e]
 
@@ -187,6 +186,19 @@ def test_the_agent_recognises_without_a_network_once_it_has_a_model(fleet):
     assert status["windows_acknowledged"] == len(fleet.windows)
     assert status["windows_lost"] == 0
     fleet.broker.start()
+
+
+def test_a_second_agent_with_the_same_directory_is_refused_and_the_first_goes_on(fleet):
+    first = fleet.start("run", "--recording", str(fleet.root / "anna.npz"), "--speed", "5")
+    assert wait_until(lambda: len(fleet.predictions) > 3, 20)
+    second = fleet.start("run", "--recording", str(fleet.root / "anna.npz"))
+    _, err = second.communicate(timeout=30)
+    assert second.returncode == 5
+    assert "another agent runs" in err
+    seen = len(fleet.predictions)
+    assert wait_until(lambda: len(fleet.predictions) > seen)
+    first.send_signal(signal.SIGTERM)
+    assert _finish(first)["windows_lost"] == 0
 
 
 def test_an_agent_without_enrolment_says_what_to_do(tmp_path):

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from edge.simulators import Authority, GrpcService, Signer, SimulatedCloud, free_port, serve
 from typer.testing import CliRunner
 from wearfleet_edge import process
 from wearfleet_edge.cli import app, main
@@ -15,8 +16,6 @@ from wearfleet_edge.outbox import Outbox
 from wearfleet_edge.state import StateDirectory, write_json
 from wearfleet_protos.errors import NotFoundError
 from wearfleet_protos.ticket import EnrolmentTicket
-
-from edge.simulators import Authority, GrpcService, Signer, SimulatedCloud, free_port, serve
 
 
 def _json(*arguments):
@@ -110,6 +109,7 @@ def test_doctor_checks_an_enrolled_device(tmp_path):
         assert checks["identity"].ok
         assert checks["certificate"].ok
         assert checks["cloud"].ok
+        assert service.cloud.reported[-1].agent_version != ""
         assert "anna-1f3a" in checks["identity"].detail
         assert not checks["broker"].ok
         assert "no broker answers" in checks["broker"].detail

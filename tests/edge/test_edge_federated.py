@@ -6,6 +6,8 @@ from random import Random
 
 import numpy as np
 import pytest
+from edge.simulators import Signer, SimulatedCloud
+from edge.tiny_graphs import CONTRACT, LABELS, TENSORS, make_plan, make_recording, make_release
 from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.federated import Device, FederatedWorker
 from wearfleet_edge.local_state import LocalState
@@ -20,9 +22,6 @@ from wearfleet_edge.wearer import Wearer
 from wearfleet_protos.errors import ConflictError, TransportError
 from wearfleet_protos.plan import Budget
 from wearfleet_protos.tensors import decode_tensors, digest_of, encode_tensors, tensor_metadata
-
-from edge.simulators import Signer, SimulatedCloud
-from edge.tiny_graphs import CONTRACT, LABELS, TENSORS, make_plan, make_recording, make_release
 
 
 class Bench:

@@ -3,12 +3,11 @@
 import numpy as np
 import onnx
 import pytest
+from edge.tiny_graphs import TENSORS, make_release, onnx_proto, train_graph
 from onnx import TensorProto, helper, numpy_helper
 from wearfleet_edge.graph import inspect_graph, overlay_tensors
 from wearfleet_edge.operators import ALLOWED_OPERATORS, HIGHEST_OPSET
 from wearfleet_protos.errors import IntegrityError, ModelContractError
-
-from edge.tiny_graphs import TENSORS, make_release, onnx_proto, train_graph
 
 
 def _proto(nodes, opset=18, **graph_fields):

@@ -1,6 +1,5 @@
 """The outbox over a real broker: nothing lost and nothing out of order through outages, restarts and refusals."""
 
-import gc
 import os
 import threading
 import time
@@ -9,6 +8,7 @@ from random import Random
 
 import paho.mqtt.client as paho
 import pytest
+from edge.simulators import Authority, Mosquitto, free_port, wait_until
 from paho.mqtt.enums import CallbackAPIVersion
 from wearfleet_edge.identity import Broker, Enrolment, make_key, make_signing_request, save_enrolment
 from wearfleet_edge.outbox import Outbox
@@ -20,8 +20,6 @@ from wearfleet_protos.codec import decode_health, decode_status, encode
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.messages import ClockQuality, Health
 from wearfleet_protos.topics import TopicKind
-
-from edge.simulators import Authority, Mosquitto, free_port, wait_until
 
 pytestmark = pytest.mark.broker
 
@@ -249,8 +247,6 @@ def test_mutual_tls_connects_and_a_broker_of_another_authority_is_refused(tmp_pa
     foreign.start()
     assert wait_until(lambda: "not trusted" in foreign.last_error)
     foreign.stop()
-    del foreign
-    gc.collect()
     state.key.write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="enrol again"):
         device_tls(state.authority, state.certificate, state.key)

@@ -185,9 +185,13 @@ def test_a_disk_that_refuses_is_a_data_error_and_the_numbers_stay_right(tmp_path
     outbox = _open(tmp_path / "o")
     outbox.append([("a", _number)])
     outbox._db.execute("PRAGMA max_page_count = 1")
-    with pytest.raises(DataError, match="free space"):
+
+    def fill():
         for _ in range(100):
             outbox.append([("a", lambda _: bytes(5000))])
+
+    with pytest.raises(DataError, match="free space"):
+        fill()
     depth = outbox.depth
     outbox._db.execute("PRAGMA max_page_count = 100000")
     outbox.append([("a", _number)])

@@ -7,6 +7,7 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from edge.simulators import Authority, GrpcService, Signer, SimulatedCloud, free_port, serve
 from wearfleet_edge.enrolment import enrol_device
 from wearfleet_edge.heartbeat import renew_if_due
 from wearfleet_edge.identity import (
@@ -35,8 +36,6 @@ from wearfleet_protos.errors import (
 )
 from wearfleet_protos.tensors import digest_of
 from wearfleet_protos.ticket import EnrolmentTicket
-
-from edge.simulators import Authority, GrpcService, Signer, SimulatedCloud, free_port, serve
 
 DEVICE = "anna-1f3a"
 BIG = bytes(range(256)) * (2 * CHUNK_BYTES // 256) + b"the end"
@@ -169,7 +168,7 @@ def test_a_device_with_an_expired_certificate_is_told_before_it_calls(service, t
     now = datetime.now(UTC)
     dates = {"begin": now - timedelta(days=60), "end": now - timedelta(days=30)}
     state, enrolment = _device(tmp_path, service.authority, service.address, **dates)
-    with pytest.raises(ConfigError, match="expired on .* enrol again"):
+    with pytest.raises(ConfigError, match=r"expired on .* enrol again"):
         require_valid_certificate(state, now)
     with pytest.raises(ConfigError, match="set the clock"):
         require_valid_certificate(state, now - timedelta(days=90))

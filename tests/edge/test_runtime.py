@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from edge.tiny_graphs import TENSORS, make_release, reference_logits
 from onnx import helper
 from wearfleet_edge.runtime import Latency, Personal, Recogniser
 from wearfleet_protos.errors import IntegrityError, ModelContractError, ShapeError
 from wearfleet_protos.windowing import LabelledWindows
-
-from edge.tiny_graphs import TENSORS, make_release, reference_logits
 
 
 def _windows(count, seed=0):

@@ -4,6 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from edge.tiny_graphs import (
+    BATCH,
+    CONTRACT,
+    TENSORS,
+    make_plan,
+    make_recording,
+    reference_logits,
+    reference_step,
+)
 from wearfleet_edge.trainer import (
     Limits,
     TrainingData,
@@ -16,16 +25,6 @@ from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError, 
 from wearfleet_protos.plan import Budget, OutputBinding, batches
 from wearfleet_protos.tensors import TensorGroup, digest_of
 from wearfleet_protos.windowing import LabelledWindows, WindowSpec, split_by_time
-
-from edge.tiny_graphs import (
-    BATCH,
-    CONTRACT,
-    TENSORS,
-    make_plan,
-    make_recording,
-    reference_logits,
-    reference_step,
-)
 
 
 def _limits(**changes):

@@ -3,6 +3,8 @@
 from random import Random
 
 import pytest
+from edge.simulators import Signer, SimulatedCloud
+from edge.tiny_graphs import make_release
 from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.heartbeat import Heartbeat
 from wearfleet_edge.models import ActiveModel
@@ -11,9 +13,6 @@ from wearfleet_edge.transport.backoff import Backoff
 from wearfleet_edge.transport.cloud import Desired
 from wearfleet_edge.update import Updater
 from wearfleet_protos.errors import IntegrityError, NotFoundError, TransportError
-
-from edge.simulators import Signer, SimulatedCloud
-from edge.tiny_graphs import make_release
 
 
 class Bench:

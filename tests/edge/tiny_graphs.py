@@ -43,11 +43,11 @@ def _value(name, kind, shape):
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def _model_proto(nodes, inputs, outputs, initializers=(), metadata=None, opset=18):
+def _model_proto(nodes, inputs, outputs, initializers=(), metadata=None):
     graph = helper.make_graph(
         nodes, "tiny", inputs, outputs, [numpy_helper.from_array(a, n) for n, a in initializers]
     )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     if metadata is not None:
         helper.set_model_props(proto, metadata)
     return proto.SerializeToString(deterministic=True)
