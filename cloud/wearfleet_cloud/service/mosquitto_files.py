@@ -39,7 +39,6 @@ def configuration(folder: Path, files: ServerFiles, host: str, port: int, max_qu
         f"user {getpass.getuser()}",  # otherwise it gives up root before it reads our private files
         "per_listener_settings false",
         "allow_anonymous false",
-        "use_username_as_clientid true",
         f"acl_file {folder / 'access.conf'}",
         "persistence true",
         f"persistence_location {folder}/",
@@ -60,6 +59,7 @@ def configuration(folder: Path, files: ServerFiles, host: str, port: int, max_qu
         f"keyfile {files.key}",
         "require_certificate true",
         "use_identity_as_username true",
+        "use_username_as_clientid true",  # of the listener: before it, Mosquitto would also open port 1883 to everybody
     )
     return "\n".join(lines) + "\n"
 
