@@ -54,6 +54,8 @@ _LOG = logging.getLogger(__name__)
 
 _STATUS_SECONDS: Final = 1.0
 _RENEWAL_CHECK_SECONDS: Final = 3600.0
+_RELEASE_ABOVE_BYTES: Final = 80_000_000
+"""Connecting and starting leave code in memory that is not run again; above this it is given back."""
 _SHORTEST_DELAY_SECONDS: Final = 0.02
 """Whatever a service answers, it is not asked more often."""
 _AGENT_VERSION: Final = version("wearfleet")
@@ -156,8 +158,8 @@ class Agent:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
-        self._load_installed()
         release_memory()
+        self._load_installed()
         self._link.start()
         threads = [self._thread("heartbeat", self._heartbeat_loop)]
         if self._wearer.has_recordings:
@@ -182,6 +184,8 @@ class Agent:
             if time.monotonic() >= next_health:
                 self._outbox.append([health_entry(self._source(), self._headers)])
                 next_health = time.monotonic() + self._options.config.health_seconds
+                if resident_bytes() > _RELEASE_ABOVE_BYTES:
+                    release_memory()
             self._write_status(running=True)
             finished = self._streamer.statistics.finished
             if self._options.once and finished and self._outbox.wait_below(1, _STATUS_SECONDS):
