@@ -13,9 +13,9 @@ CONTRACT = InputContract(
 )
 
 
-def model(backbone: str, seed: int = 0) -> Classifier:
+def model(backbone: str, seed: int = 0, window: int = WINDOW) -> Classifier:
     return build_classifier(
-        ModelSpec(backbone, CHANNELS, WINDOW, CLASSES, kernel=5, feedforward=32),  # type: ignore[arg-type]
+        ModelSpec(backbone, CHANNELS, window, CLASSES, kernel=5, feedforward=32),  # type: ignore[arg-type]
         seed,
     )
 

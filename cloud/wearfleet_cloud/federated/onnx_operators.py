@@ -196,13 +196,32 @@ def _slice(lo: Lowering, node: Node, args: Args) -> Value:
     )
 
 
+def _slice_scatter(lo: Lowering, node: Node, args: Args) -> Value:
+    """The tensor with a stretch replaced; the gradient of a slice is made of it."""
+    given: list[Any] = [*args, *(None,) * (6 - len(args))]
+    target, source, axis, start, end, step = given
+    if step not in (None, 1):
+        raise ConfigError("a plan's step may write stretches of a tensor only with step 1")
+    axis = (axis or 0) % len(shape_of(target))
+    size = shape_of(target)[axis]
+    begin, stop = start or 0, size if end is None else min(end, size)
+    value, parts = lo.tensor(target), [lo.tensor(source, dtype_of(node))]
+    if begin > 0:
+        parts.insert(0, _stretch(lo, value, axis, 0, begin))
+    if stop < size:
+        parts.append(_stretch(lo, value, axis, stop, size))
+    return parts[0] if len(parts) == 1 else lo.writer.node("Concat", *parts, axis=axis)
+
+
+def _stretch(lo: Lowering, value: Value, axis: int, start: int, stop: int) -> Value:
+    return lo.writer.node("Slice", value, *(lo.writer.constant([n]) for n in (start, stop, axis)))
+
+
 def _select(lo: Lowering, node: Node, args: Args) -> Value:
     source, axis, index = args
     axis %= len(shape_of(source))
     index %= shape_of(source)[axis]
-    part = lo.writer.node(
-        "Slice", lo.tensor(source), *(lo.writer.constant([n]) for n in (index, index + 1, axis))
-    )
+    part = _stretch(lo, lo.tensor(source), axis, index, index + 1)
     kept = list(shape_of(source))
     kept[axis] = 1
     return lo.reshape(part, tuple(kept), shape_of(node))
@@ -384,6 +403,7 @@ _TABLE: Final[dict[Any, Rule]] = {
     _ATEN.select: _select,
     _ATEN.sigmoid: _elementwise("Sigmoid"),
     _ATEN.slice: _slice,
+    _ATEN.slice_scatter: _slice_scatter,
     _ATEN.split_with_sizes: _split,
     _ATEN.sqrt: _elementwise("Sqrt"),
     _ATEN.squeeze: _reshape,
