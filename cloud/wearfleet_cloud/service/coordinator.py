@@ -7,8 +7,9 @@ how far a device says it is) can be lost at any time; a killed service reads the
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -18,7 +19,7 @@ from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.config import FederationConfig
 from wearfleet_cloud.federated.cohort import select_cohort
-from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState
+from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState, advance
 from wearfleet_cloud.federated.round_events import (
     Aborted,
     Aggregated,
@@ -67,8 +68,10 @@ __all__ = ["Coordinator", "FederationParts"]
 
 _LOGGER: Final = logging.getLogger(__name__)
 _RETRY_S: Final = 1.0
+_SHOW_S: Final = 0.1
 
 Work = Callable[[Connection], None]
+Submitted = tuple[RoundKeeper, Event, Submission, "asyncio.Future[Answer | None]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +108,15 @@ class Coordinator:
         self._took_part: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._submitted: list[Submitted] = []
+        self._shown_soon: asyncio.TimerHandle | None = None
 
     async def stop(self) -> None:
         """Let go: waiting devices get their answer, aggregation under way is done again after the next start."""
         self.stopping = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._shown_soon):
+            if timer is not None:
+                timer.cancel()
         self.room.wake_all()
         for task in tuple(self._tasks):
             task.cancel()
@@ -140,39 +146,81 @@ class Coordinator:
                     if event is not None:
                         await self.happen(event)
 
-    async def happen(self, event: Event, submission: Submission | None = None, *works: Work) -> Answer | None:
+    async def happen(self, event: Event, *works: Work) -> None:
         """One transition: decide, write, act. The caller holds the lock.
 
         Raises:
             TransportError: the database is busy or away; nothing has changed.
             ProtocolError: the event cannot happen now.
         """
-        keeper = self.keeper
-        assert keeper is not None
-        before = keeper.round
-        after, effects = keeper.after(event)
-        answer = next((effect for effect in effects if isinstance(effect, Answer)), None)
-        todo = list(works)
-        if submission is not None and answer is not None and answer.status == AnswerStatus.ACCEPTED:
-            todo.append(lambda connection: insert_submission(connection, submission))
-            keeper.submissions[submission.device_id] = submission
-        if after is not before and not isinstance(
-            event, TaskFetched
-        ):  # who fetched a task is written with the next change
-            todo.append(keeper.save(after))
-        ended = after.state in TERMINAL and not keeper.closed
-        following = self._prepare_next(keeper, after, todo) if ended else None
+        assert self.keeper is not None
+        await self._transit(self.keeper, [(event, None)], works)
+
+    async def submit(self, keeper: RoundKeeper, event: Event, submission: Submission) -> Answer | None:
+        """Take a submission in, together with others that come meanwhile: one transaction for all of them.
+
+        Returns:
+            The answer; None when the round is over.
+
+        Raises:
+            TransportError: the database is busy or away; nothing has changed.
+        """
+        future: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+        self._submitted.append((keeper, event, submission, future))
+        async with self.lock:
+            mine, self._submitted = self._submitted, []
+            try:
+                await self._take_in(mine)
+            except WearfleetError as error:
+                for *_, other in mine:
+                    if not other.done():
+                        other.set_exception(error)
+        return await future
+
+    async def _take_in(self, submitted: list[Submitted]) -> None:
+        present = [entry for entry in submitted if entry[0] is self.keeper]
+        if present:
+            events = [(event, submission) for _, event, submission, _ in present]
+            answers = await self._transit(present[0][0], events, ())
+            for (*_, future), answer in zip(present, answers, strict=True):
+                future.set_result(answer)
+        for *_, future in submitted:
+            if not future.done():
+                future.set_result(None)
+
+    async def _transit(
+        self, keeper: RoundKeeper, events: Sequence[tuple[Event, Submission | None]], works: Sequence[Work]
+    ) -> list[Answer | None]:
+        todo, answers, all_effects = list(works), [], list[Effect]()
+        current = keeper.round
+        for event, submission in events:
+            current, effects = advance(current, event, time.time())
+            answer = next((effect for effect in effects if isinstance(effect, Answer)), None)
+            if submission is not None and answer is not None and answer.status == AnswerStatus.ACCEPTED:
+                todo.append(partial(insert_submission, submission=submission))
+                keeper.submissions[submission.device_id] = submission
+            answers.append(answer)
+            all_effects += effects
+        fetched_only = all(isinstance(event, TaskFetched) for event, _ in events)
+        if current is not keeper.round and not fetched_only:  # who fetched is written with the next change
+            todo.append(keeper.save(current))
+        ended = current.state in TERMINAL and not keeper.closed
+        following = self._prepare_next(keeper, current, todo) if ended else None
         if todo:
             await self._parts.database.run(lambda connection: _carry_out(connection, todo))
-        keeper.round = after
-        self._act(keeper, effects)
+        keeper.round = current
+        self._act(keeper, all_effects)
         if ended:
             await self._go_on(keeper, following)
         self.show()
-        return answer
+        return answers
 
     def show(self) -> None:
-        """Tell the live page."""
+        """Tell the live page, soon: many changes at once are shown once."""
+        if self._shown_soon is None or self._shown_soon.when() <= asyncio.get_running_loop().time():
+            self._shown_soon = asyncio.get_running_loop().call_later(_SHOW_S, self._show_now)
+
+    def _show_now(self) -> None:
         run, keeper = self.run, self.keeper
         if run is None or keeper is None:
             return
@@ -232,7 +280,7 @@ class Coordinator:
         if closed.kind == "train":
             finished = finished_round(closed.round.number, closed.submissions, seconds)
             self._history = (*self._history, finished)
-        self.show()
+        self._show_now()
         if self._timer is not None:
             self._timer.cancel()
         if following is None:
@@ -251,7 +299,7 @@ class Coordinator:
         _, effects = keeper.after(ServiceRestarted())
         self._act(keeper, effects)
 
-    def _act(self, keeper: RoundKeeper, effects: tuple[Effect, ...]) -> None:
+    def _act(self, keeper: RoundKeeper, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
                 case InviteClients():
@@ -280,7 +328,7 @@ class Coordinator:
                 if keeper is not self.keeper or aborted:
                     return
                 try:
-                    await self.happen(event, None, *works)
+                    await self.happen(event, *works)
                 except TransportError as error:
                     _LOGGER.warning("round %d of %s: %s", keeper.round.number, keeper.round.run_id, error)
                 else:

@@ -1,6 +1,5 @@
 """What devices ask of federated runs: a task, an upload, a submission. The run itself is the coordinator's."""
 
-import asyncio
 import logging
 import time
 from typing import Final
@@ -108,11 +107,9 @@ class Federation:
             if keeper.open_for(submission.device_id)
             else ""
         )
-        async with self._coordinator.lock:
-            if keeper is not self._coordinator.keeper:
-                return await self._late(submission)
-            answer = await self._coordinator.happen(_event_of(submission, reason), submission)
-        assert answer is not None
+        answer = await self._coordinator.submit(keeper, _event_of(submission, reason), submission)
+        if answer is None:
+            return await self._late(submission)
         self._parts.metrics.submissions.labels(str(answer.status)).inc()
         if answer.status == AnswerStatus.CONFLICT:
             raise ConflictError(answer.reason)
@@ -128,7 +125,7 @@ class Federation:
         updates, specs = self._parts.updates, self._coordinator.run.upload_specs
         device_id, digest = submission.device_id, Digest(submission.update_digest)
         try:
-            await asyncio.to_thread(updates.check, device_id, digest, specs)
+            await updates.check(device_id, digest, specs)
         except (ShapeError, IntegrityError) as error:
             _LOGGER.warning("update of %s refused: %s", device_id, error)
             return str(error)[:400]

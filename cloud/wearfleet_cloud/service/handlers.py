@@ -14,7 +14,7 @@ from wearfleet_protos.tensors import Digest, parse_digest
 from wearfleet_cloud.service.chunk_cache import ChunkCache
 from wearfleet_cloud.service.directory import Directory
 from wearfleet_cloud.service.federation import Federation
-from wearfleet_cloud.service.updates import UpdateStore
+from wearfleet_cloud.service.updates import SMALL_BYTES, UpdateStore
 from wearfleet_cloud.storage.blobs import Blobs, Upload
 from wearfleet_cloud.storage.database import Database
 from wearfleet_cloud.storage.device_records import note_reported
@@ -107,9 +107,7 @@ class Artifacts:
             raise TransportError("this upload is under way on another connection; try again")
         self._running.add((device_id, digest))
         try:
-            return await self._receive(
-                await asyncio.to_thread(self._updates.open, device_id, digest, size_bytes, offset), chunks
-            )
+            return await self._receive(self._updates.open(device_id, digest, size_bytes, offset), chunks)
         finally:
             self._running.discard((device_id, digest))
 
@@ -117,10 +115,13 @@ class Artifacts:
     async def _receive(upload: Upload, chunks: AsyncIterator[ChunkIn]) -> ArtifactState:
         with upload:
             async for chunk in chunks:
-                await asyncio.to_thread(_append, upload.append, chunk)
+                if len(chunk.data) <= SMALL_BYTES:
+                    _append(upload.append, chunk)
+                else:
+                    await asyncio.to_thread(_append, upload.append, chunk)
             if not upload.complete:
                 return ArtifactState(False, 0, upload.offset)
-            await asyncio.to_thread(upload.finish)
+            upload.finish()
         return ArtifactState(True, upload.offset, upload.offset)
 
 

@@ -40,6 +40,7 @@ _OPTIONS: Final = (
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),
     ("grpc.max_send_message_length", 4 * 1024 * 1024),
     ("grpc.max_concurrent_streams", 1000),
+    ("grpc.http2.max_frame_size", 1024 * 1024),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
 )
 _STAGES: Final = {

@@ -1,5 +1,6 @@
 """Updates that devices upload: private to their device, checked before they count, thrown away after the round."""
 
+import asyncio
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,24 +8,27 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from wearfleet_protos.errors import DeniedError, NotFoundError
-from wearfleet_protos.tensors import Digest, TensorSpec, check_finite, decode_tensors
+from wearfleet_protos.errors import ConflictError, DeniedError, IntegrityError, NotFoundError
+from wearfleet_protos.tensors import Digest, TensorSpec, check_finite, decode_tensors, digest_of
 
-from wearfleet_cloud.storage.blobs import Blobs, Upload
+from wearfleet_cloud.storage.blobs import Upload
 
-__all__ = ["UpdateStore"]
+__all__ = ["SMALL_BYTES", "UpdateStore"]
 
 Tensors = dict[str, NDArray[np.generic]]
+
+SMALL_BYTES: Final = 512 * 1024
+"""Work on fewer bytes is done at once; handing it to a thread would take longer."""
 
 _MOST_UNFINISHED: Final = 2
 _CACHE_BYTES: Final = 512 * 1024 * 1024
 
 
 class UpdateStore:
-    """The uploads of the present round, one blob folder a device.
+    """The uploads of the present round, in one folder: ``<device>.<digest>``, with ``.part`` while unfinished.
 
     Args:
-        root: the folder of all of them.
+        root: the folder of all rounds.
         max_bytes: largest upload.
     """
 
@@ -37,19 +41,19 @@ class UpdateStore:
     def begin(self, tag: str) -> None:
         """Work on the round with this name from now on; "" means that there is none."""
         self._round = self._root / (tag or "none")
-        self._cache.clear()
+        self._round.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._cache = {}
         self._cached_bytes = 0
 
     def sweep(self) -> None:
         """Delete the uploads of every other round; slow, call it in a thread."""
-        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         for folder in self._root.iterdir():
             if folder != self._round:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def has(self, device_id: str, digest: Digest) -> bool:
         """True when this device's upload is complete."""
-        return self._blobs(device_id).has(digest)
+        return self._file(device_id, digest).exists()
 
     def size(self, device_id: str, digest: Digest) -> int:
         """Bytes of a complete upload.
@@ -57,11 +61,17 @@ class UpdateStore:
         Raises:
             NotFoundError: it is not there.
         """
-        return self._blobs(device_id).size(digest)
+        try:
+            return self._file(device_id, digest).stat().st_size
+        except FileNotFoundError as error:
+            raise NotFoundError(f"update {digest} was not uploaded; upload it and submit again") from error
 
     def committed(self, device_id: str, digest: Digest) -> int:
         """Bytes of this device's unfinished upload."""
-        return self._blobs(device_id).committed(digest)
+        try:
+            return self._part(device_id, digest).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def open(self, device_id: str, digest: Digest, size_bytes: int, offset: int) -> Upload:
         """Begin or go on with an upload; the oldest of several unfinished ones is dropped.
@@ -72,25 +82,33 @@ class UpdateStore:
         """
         if not 0 < size_bytes <= self._max_bytes:
             raise DeniedError(f"an update may have 1 to {self._max_bytes} bytes, announced were {size_bytes}")
-        blobs = self._blobs(device_id)
-        others = [other for other in blobs.unfinished() if other != digest]
+        committed, part = self.committed(device_id, digest), self._part(device_id, digest)
+        if committed > size_bytes:
+            part.unlink(missing_ok=True)
+            committed = 0
+        if offset != committed:
+            raise ConflictError(
+                f"upload of {digest} stands at {committed} bytes, the sender goes on from {offset}"
+            )
+        others = [path for path in self._round.glob(f"{device_id}.*.part") if path != part]
+        others.sort(key=lambda path: path.stat().st_mtime_ns)
         for old in others[: max(0, len(others) - _MOST_UNFINISHED + 1)]:
-            blobs.drop_upload(old)
-        return blobs.open_upload(digest, size_bytes, offset)
+            old.unlink(missing_ok=True)
+        return Upload(part, self._file(device_id, digest), digest, size_bytes)
 
-    def check(self, device_id: str, digest: Digest, specs: Sequence[TensorSpec]) -> None:
-        """Check an update before it counts; slow, call it in a thread.
+    async def check(self, device_id: str, digest: Digest, specs: Sequence[TensorSpec]) -> None:
+        """Check an update before it counts.
 
         Raises:
             NotFoundError: it was not uploaded.
             IntegrityError: not safetensors.
             ShapeError: tensors are missing, unexpected, of another shape or type, or not finite.
         """
-        tensors = decode_tensors(
-            bytes(self._complete(device_id, digest).map(digest)), specs
-        )  # hashed as it came
-        check_finite(tensors)
-        size = sum(array.nbytes for array in tensors.values())
+        size = self.size(device_id, digest)
+        if size <= SMALL_BYTES:
+            tensors = self._decode(device_id, digest, specs)
+        else:
+            tensors = await asyncio.to_thread(self._decode, device_id, digest, specs)
         if self._cached_bytes + size <= _CACHE_BYTES:
             self._cache[device_id, digest] = tensors
             self._cached_bytes += size
@@ -106,13 +124,22 @@ class UpdateStore:
         cached = self._cache.get((device_id, digest))
         if cached is not None:
             return cached
-        return decode_tensors(self._complete(device_id, digest).read(digest), specs)
+        if not self.has(device_id, digest):
+            raise NotFoundError(f"update {digest} of {device_id} is gone")
+        data = self._file(device_id, digest).read_bytes()
+        if digest_of(data) != digest:
+            raise IntegrityError(f"update {digest} of {device_id} was changed on disk")
+        return decode_tensors(data, specs)
 
-    def _complete(self, device_id: str, digest: Digest) -> Blobs:
-        blobs = self._blobs(device_id)
-        if not blobs.has(digest):
-            raise NotFoundError(f"update {digest} was not uploaded; upload it and submit again")
-        return blobs
+    def _decode(self, device_id: str, digest: Digest, specs: Sequence[TensorSpec]) -> Tensors:
+        """Decode and check bytes whose digest was checked as they came."""
+        tensors = decode_tensors(self._file(device_id, digest).read_bytes(), specs)
+        check_finite(tensors)
+        return tensors
 
-    def _blobs(self, device_id: str) -> Blobs:
-        return Blobs(self._round / device_id)
+    def _file(self, device_id: str, digest: Digest) -> Path:
+        return self._round / f"{device_id}.{digest.removeprefix('sha256:')}"
+
+    def _part(self, device_id: str, digest: Digest) -> Path:
+        file = self._file(device_id, digest)
+        return file.with_name(f"{file.name}.part")

@@ -95,44 +95,6 @@ class Blobs:
         """Forget an artifact; nothing happens when it is not there."""
         self._path(digest).unlink(missing_ok=True)
 
-    def committed(self, digest: Digest) -> int:
-        """Bytes of an unfinished upload that are stored."""
-        try:
-            return self._unfinished(digest).stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def unfinished(self) -> list[Digest]:
-        """Addresses of unfinished uploads, the one that moved last at the end."""
-        files = sorted(self._partial.glob("upload-*"), key=lambda path: path.stat().st_mtime_ns)
-        return [Digest(path.name.removeprefix("upload-").replace("-", ":")) for path in files]
-
-    def open_upload(self, digest: Digest, size_bytes: int, offset: int) -> "Upload":
-        """Begin or go on with an upload.
-
-        Raises:
-            ConflictError: ``offset`` is not the committed one; ask for it and go on from there.
-            ProtocolError: the upload is longer than announced.
-        """
-        committed = self.committed(digest)
-        if offset != committed:
-            raise ConflictError(
-                f"upload of {digest} stands at {committed} bytes, the sender goes on from {offset}"
-            )
-        if committed > size_bytes:
-            self.drop_upload(digest)
-            raise ProtocolError(
-                f"upload of {digest} announced {size_bytes} bytes, {committed} are stored; start again"
-            )
-        return Upload(self._unfinished(digest), self._path(digest), digest, size_bytes)
-
-    def drop_upload(self, digest: Digest) -> None:
-        """Forget an unfinished upload."""
-        self._unfinished(digest).unlink(missing_ok=True)
-
-    def _unfinished(self, digest: Digest) -> Path:
-        return self._partial / f"upload-{parse_digest(digest).replace(':', '-')}"
-
     def _path(self, digest: Digest) -> Path:
         hexadecimal = parse_digest(digest).removeprefix("sha256:")
         return self._complete / hexadecimal[:2] / hexadecimal[2:]
@@ -211,7 +173,6 @@ class Upload:
                 f"uploaded bytes hash to {found}, announced was {self._digest}; upload again"
             )
         try:
-            self._target.parent.mkdir(exist_ok=True, mode=0o700)
             self._partial.replace(self._target)
         except FileNotFoundError as error:
             raise ConflictError(

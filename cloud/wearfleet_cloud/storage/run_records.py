@@ -1,7 +1,7 @@
 """Queries about federated runs, their rounds and what devices handed in."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -82,7 +82,7 @@ class Submission:
 
 def insert_run(connection: Connection, run: RunRow) -> None:
     """Store a new run; a running service picks it up."""
-    connection.execute(sa.insert(runs), asdict(run))
+    connection.execute(sa.insert(runs), _values(run))
     bump_revision(connection)
 
 
@@ -142,7 +142,7 @@ def stop_run(connection: Connection, run_id: str, now_ns: int, reason: str) -> b
 
 def save_round(connection: Connection, row: RoundRow) -> None:
     """Store the state of a round, new or known."""
-    values = asdict(row)
+    values = _values(row)
     same = (rounds.c.run_id == row.run_id) & (rounds.c.round == row.round)
     if connection.execute(sa.update(rounds).where(same).values(**values)).rowcount == 0:
         connection.execute(sa.insert(rounds), values)
@@ -163,7 +163,7 @@ def list_rounds(connection: Connection, run_id: str) -> list[RoundRow]:
 
 def insert_submission(connection: Connection, submission: Submission) -> None:
     """Store an accepted submission; the primary key makes a second one with the same key impossible."""
-    connection.execute(sa.insert(submissions), asdict(submission))
+    connection.execute(sa.insert(submissions), _values(submission))
 
 
 def find_submission(
@@ -183,3 +183,8 @@ def list_submissions(
     if round_number is not None:
         query = query.where(submissions.c.round == round_number)
     return [Submission(**row) for row in connection.execute(query).mappings()]
+
+
+def _values(record: RunRow | RoundRow | Submission) -> dict[str, object]:
+    """Column values; not copied deeply, unlike ``dataclasses.asdict``."""
+    return {name: getattr(record, name) for name in type(record).__dataclass_fields__}
