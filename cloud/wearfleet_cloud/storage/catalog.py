@@ -39,7 +39,7 @@ def insert_artifact(
 ) -> None:
     """Note an artifact that the blob store holds; an old one stays as it is."""
     row = {"digest": digest, "size_bytes": size_bytes, "media_type": media_type, "created_ns": now_ns}
-    connection.execute(insert_or_skip(connection, artifacts), row)
+    insert_or_skip(connection, artifacts, row)
 
 
 def artifact_size(connection: Connection, digest: Digest) -> int:

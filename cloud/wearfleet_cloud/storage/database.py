@@ -6,7 +6,7 @@ never consistency.
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,19 +97,22 @@ class Database:
             with self.write() as connection:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
-                connection.execute(insert_or_skip(connection, revision), {"id": 1, "value": 0})
+                insert_or_skip(connection, revision, {"id": 1, "value": 0})
         except (sa.exc.SQLAlchemyError, TransportError) as error:
             where = sa.make_url(self.url).render_as_string(hide_password=True)
             raise ConfigError(f"cannot open the database {where}: {error}; check database.url") from error
 
 
-def insert_or_skip(connection: Connection, table: sa.Table) -> Any:
-    """An insert that leaves an existing row with the same key alone; ``rowcount`` counts the new rows."""
+def insert_or_skip(
+    connection: Connection, table: sa.Table, rows: Mapping[str, object] | Sequence[Mapping[str, object]]
+) -> int:
+    """Insert rows, leaving those alone whose key exists; the number of new rows."""
     if connection.dialect.name == "postgresql":
         from sqlalchemy.dialects.postgresql import insert as insert_postgresql  # noqa: PLC0415 - one dialect only
 
-        return insert_postgresql(table).on_conflict_do_nothing()
-    return sa.insert(table).prefix_with("OR IGNORE")
+        counted = insert_postgresql(table).on_conflict_do_nothing().returning(sa.literal(1))
+        return len(connection.execute(counted, rows).all())  # its driver does not count what many inserts did
+    return connection.execute(sa.insert(table).prefix_with("OR IGNORE"), rows).rowcount
 
 
 def _create_engine(url: str) -> Engine:

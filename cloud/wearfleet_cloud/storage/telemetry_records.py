@@ -90,7 +90,7 @@ class TelemetryStore:
         ids = {key: self._stream_ids[key] for key in keys if key in self._stream_ids}
         for key in sorted(keys - ids.keys()):
             values = dict(zip(("device_id", "boot_id", "kind"), key, strict=True))
-            connection.execute(insert_or_skip(connection, streams), values)
+            insert_or_skip(connection, streams, values)
             query = sa.select(streams.c.stream_id).filter_by(**values)
             ids[key] = int(connection.execute(query).scalar_one())
         return ids
@@ -113,23 +113,22 @@ def _insert(
 ) -> int:
     """Insert what is new; the number of duplicates."""
     values = [row | {"stream_id": ids[key]} for key, row in rows]
-    statement = insert_or_skip(connection, table)
     attempt = connection.begin_nested()
-    if connection.execute(statement, values).rowcount == len(values):
+    if insert_or_skip(connection, table, values) == len(values):
         attempt.commit()
         fresh = Counter(row["stream_id"] for row in values)
     else:  # rare: something came twice; count it for its stream
         attempt.rollback()
-        fresh = _insert_by_stream(connection, statement, values)
+        fresh = _insert_by_stream(connection, table, values)
     _count(connection, values, fresh)
     return len(values) - sum(fresh.values())
 
 
-def _insert_by_stream(connection: Connection, statement: Any, values: Sequence[Row]) -> Counter[int]:
+def _insert_by_stream(connection: Connection, table: sa.Table, values: Sequence[Row]) -> Counter[int]:
     fresh: Counter[int] = Counter()
     for stream_id in sorted({row["stream_id"] for row in values}):
         mine = [row for row in values if row["stream_id"] == stream_id]
-        fresh[stream_id] = connection.execute(statement, mine).rowcount
+        fresh[stream_id] = insert_or_skip(connection, table, mine)
     return fresh
 
 
