@@ -123,24 +123,45 @@ def cut_labelled(recordings: Recording | Sequence[Recording], spec: WindowSpec) 
         ShapeError: a recording has another rate than ``spec``, or the recordings differ in channels.
     """
     group = (recordings,) if isinstance(recordings, Recording) else tuple(recordings)
+    return _gather(group, spec, *_places(group, spec))
+
+
+def _places(
+    group: Sequence[Recording], spec: WindowSpec
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(N,) label, start and recording of every window, before any is cut."""
     if not group:
         raise ShapeError("expected at least one recording, got none")
-    xs, ys, starts, sources = [], [], [], []
+    if len({len(recording.channels) for recording in group}) != 1:
+        raise ShapeError(f"recordings differ in channels: {sorted({len(r.channels) for r in group})}")
+    labels, starts, sources = [], [], []
     for index, recording in enumerate(group):
         if recording.rate_hz != spec.rate_hz:
             raise ShapeError(
                 f"recording has {recording.rate_hz} Hz but windows are cut at {spec.rate_hz} Hz: resample it first"
             )
         start = window_starts(len(recording.samples), spec)
-        xs.append(cut(recording.samples, spec))
-        ys.append(_window_labels(recording.labels, start, spec.length))
+        labels.append(_window_labels(recording.labels, start, spec.length))
         starts.append(start)
         sources.append(np.full(len(start), index, np.int64))
-    if len({x.shape[1] for x in xs}) != 1:
-        raise ShapeError(f"recordings differ in channels: {sorted({x.shape[1] for x in xs})}")
-    return LabelledWindows(
-        np.concatenate(xs), np.concatenate(ys), np.concatenate(starts), np.concatenate(sources)
-    )
+    return np.concatenate(labels), np.concatenate(starts), np.concatenate(sources)
+
+
+def _gather(
+    group: Sequence[Recording],
+    spec: WindowSpec,
+    labels: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    sources: NDArray[np.int64],
+) -> LabelledWindows:
+    """Cut the windows at the given places, each copied once: a device's memory is small."""
+    x = np.empty((len(labels), len(group[0].channels), spec.length), np.float32)
+    for index, recording in enumerate(group):
+        chosen = sources == index
+        if chosen.any():
+            view = np.lib.stride_tricks.sliding_window_view(recording.samples, spec.length, axis=0)
+            x[chosen] = view[starts[chosen]]
+    return LabelledWindows(x, labels, starts, sources)
 
 
 def _window_labels(labels: NDArray[np.int16], start: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -174,27 +195,32 @@ def split_by_time(
     if not 0.0 < holdout_fraction < 1.0:
         raise ShapeError(f"holdout_fraction must be between 0 and 1, got {holdout_fraction}")
     ordered = sorted(recordings, key=lambda r: r.session)
-    windows = cut_labelled(ordered, spec).labelled()
-    later = np.zeros(len(windows), np.bool_)
-    for label in np.unique(windows.y):
-        of_class = np.flatnonzero(windows.y == label)  # already in time order
+    labels, starts, sources = _places(ordered, spec)
+    known = labels != UNLABELLED
+    labels, starts, sources = labels[known], starts[known], sources[known]
+    later = np.zeros(len(labels), np.bool_)
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)  # already in time order
         later[of_class[len(of_class) - round(len(of_class) * holdout_fraction) :]] = True
-    clash = _touches(windows, later, spec.length)
-    return windows.select(~later & ~clash), windows.select(later)
+    earlier = ~later & ~_touches(starts, sources, later, spec.length)
+    parts = (_gather(ordered, spec, labels[p], starts[p], sources[p]) for p in (earlier, later))
+    return next(parts), next(parts)
 
 
-def _touches(windows: LabelledWindows, later: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
+def _touches(
+    starts: NDArray[np.int64], sources: NDArray[np.int64], later: NDArray[np.bool_], length: int
+) -> NDArray[np.bool_]:
     """(N,) True where a window shares a sample with a window of the later part."""
-    clash = np.zeros(len(windows), np.bool_)
-    for source in np.unique(windows.recording):
-        here = windows.recording == source
-        starts = np.sort(windows.start[here & later])
-        if len(starts) == 0:
+    clash = np.zeros(len(starts), np.bool_)
+    for source in np.unique(sources):
+        here = sources == source
+        held = np.sort(starts[here & later])
+        if len(held) == 0:
             continue
-        own = windows.start[here]
-        right = np.searchsorted(starts, own, side="left")
-        gap_right = starts[np.minimum(right, len(starts) - 1)] - own
-        gap_left = own - starts[np.maximum(right - 1, 0)]
+        own = starts[here]
+        right = np.searchsorted(held, own, side="left")
+        gap_right = held[np.minimum(right, len(held) - 1)] - own
+        gap_left = own - held[np.maximum(right - 1, 0)]
         near = ((gap_right >= 0) & (gap_right < length)) | ((gap_left >= 0) & (gap_left < length))
         clash[here] = near
     return clash
