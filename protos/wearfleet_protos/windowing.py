@@ -340,13 +340,12 @@ def convert_units(
     """
     if [c.name for c in have] != [c.name for c in want]:
         raise ShapeError(f"expected channels {[c.name for c in want]}, got {[c.name for c in have]}")
-    scale = np.ones(len(have), np.float64)
+    out = samples.astype(np.float32, copy=True)
     for index, (source, target) in enumerate(zip(have, want, strict=True)):
-        if source.unit != target.unit:
-            try:
-                scale[index] = _UNIT_SCALE[source.unit, target.unit]
-            except KeyError:
-                raise ShapeError(
-                    f"channel {source.name}: no conversion from {source.unit!r} to {target.unit!r}"
-                ) from None
-    return (samples * scale).astype(np.float32)
+        if source.unit == target.unit:
+            continue
+        scale = _UNIT_SCALE.get((source.unit, target.unit))
+        if scale is None:
+            raise ShapeError(f"channel {source.name}: no conversion from {source.unit!r} to {target.unit!r}")
+        out[:, index] = samples[:, index].astype(np.float64) * scale
+    return out

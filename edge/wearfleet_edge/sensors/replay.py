@@ -57,7 +57,7 @@ def conform(
         contract: what the model wants.
 
     Returns:
-        New recordings; a class that the model does not know becomes unlabelled.
+        Recordings in the model's form; a class that the model does not know becomes unlabelled.
 
     Raises:
         DataError: a channel is missing or has a unit without conversion.
@@ -74,7 +74,9 @@ def _conform_one(recording: Recording, table: NDArray[np.int16], contract: Input
         raise DataError(f"the model needs channels {missing}, the recording has {sorted(column)}")
     chosen = [column[channel.name] for channel in contract.channels]
     have = tuple(recording.channels[index] for index in chosen)
-    samples = convert_units(recording.samples[:, chosen], have, contract.channels)
+    samples = recording.samples  # shared, not copied, where nothing changes: a device's memory is small
+    if recording.channels != contract.channels:
+        samples = convert_units(samples[:, chosen], have, contract.channels)
     classes = np.where((recording.labels >= 0) & (recording.labels < len(table) - 1), recording.labels, -1)
     labels = table[classes]
     if recording.rate_hz != contract.rate_hz:
