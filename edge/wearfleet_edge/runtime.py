@@ -138,7 +138,8 @@ class Recogniser:
 
     def evaluate(self, windows: LabelledWindows) -> Evaluation:
         """Compare with labels; windows without a label are left out."""
-        known = windows.select(windows.y != UNLABELLED)
+        labelled = windows.y != UNLABELLED
+        known = windows if labelled.all() else windows.select(labelled)
         classes = len(self.manifest.contract.labels)
         confusion = np.zeros((classes, classes), np.int64)
         for begin in range(0, len(known), _BATCH):
