@@ -46,6 +46,7 @@ class MosquittoBroker:
         self._host, self._files = host, files
         self._revoked: tuple[str, ...] = ()
         self._pid = 0
+        self._taken_over = False
         self._keeper: asyncio.Task[None] | None = None
         self._endpoint: BrokerEndpoint | None = None
 
@@ -68,13 +69,19 @@ class MosquittoBroker:
         self._keeper = asyncio.create_task(self._keep_alive(process))
 
     def admit_devices(self) -> None:
-        """The queue of the service's session exists, so nothing is lost."""
+        """The queue of the service's session exists, so nothing is lost; one that was taken over reads its list now.
+
+        Not earlier: when Mosquitto reads it, it forgets the name of a client that is away, and drops what comes for it.
+        """
+        if self._taken_over:
+            self._reload()
 
     def revoke(self, devices: Sequence[str]) -> None:
         """Write the access list again and let Mosquitto read it."""
         if tuple(devices) != self._revoked:
             self._revoked = tuple(devices)
             self._write_access_list()
+            self._reload()
 
     async def stop(self) -> None:
         """End Mosquitto; it saves its queue."""
@@ -92,6 +99,8 @@ class MosquittoBroker:
 
     def _write_access_list(self) -> None:
         write_private(self._folder / "access.conf", access_list(self._revoked).encode())
+
+    def _reload(self) -> None:
         if self._pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGHUP)
@@ -106,8 +115,7 @@ class MosquittoBroker:
             await _end(pid)
             return 0
         _LOGGER.info("taking over mosquitto, process %d, port %d", pid, port)
-        self._pid = pid
-        self._write_access_list()
+        self._pid, self._taken_over = pid, True
         return port
 
     async def _launch(self) -> asyncio.subprocess.Process:

@@ -1,0 +1,155 @@
+"""A small fleet of real processes: one service with Mosquitto, agents of simulated people, an untrained model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import time
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from wearfleet_cloud.data import dataset_named
+from wearfleet_cloud.data.simulator import Simulation
+from wearfleet_cloud.demo_processes import Processes
+from wearfleet_cloud.export import ReleaseInfo, export_classifier
+from wearfleet_cloud.export.run_folder import contract_of
+from wearfleet_cloud.export.to_onnx import write_release
+from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated.plan_builder import build_plan
+from wearfleet_cloud.federated.plan_files import save_plan
+from wearfleet_edge.state import StateDirectory, read_json
+from wearfleet_models import ModelSpec, build_classifier
+from wearfleet_protos.labels import SIMULATED6
+from wearfleet_protos.recording import save_recordings
+from wearfleet_protos.windowing import WindowSpec, cut_labelled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PEOPLE = ("anna", "ben", "chloe", "dmitri")
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What a fleet starts from: a model file, a plan folder, and one recording file a person."""
+
+    model: Path
+    plan: Path
+    recordings: dict[str, Path]
+
+
+def make_kit(folder: Path, *, epochs: int) -> Kit:
+    """Export an untrained classifier, compile FedBN for it, and simulate four people for a minute each."""
+    contract = contract_of(dataset_named("simulator"))
+    model = build_classifier(ModelSpec("cnn", 6, contract.window, len(contract.labels)), seed=1).eval()
+    people = list(Simulation(persons=5, sessions=1, bouts=1, bout_s=8.0, seed=3).read(None, lambda *_: None))
+    spec = WindowSpec(contract.window, contract.stride, contract.rate_hz)
+    seen = cut_labelled(people[4], spec).labelled()
+    model.standardise.mean.copy_(torch.from_numpy(seen.x.mean(axis=(0, 2))))
+    model.standardise.std.copy_(torch.from_numpy(seen.x.std(axis=(0, 2))))
+    info = ReleaseInfo("small", 1, "untrained", "Apache-2.0", simulated=True, created_ns=1)
+    release = export_classifier(
+        model, contract, info, x=seen.x, y=seen.y, x_validation=seen.x, method="energy"
+    )
+    write_release(folder / "small.onnx", release.data, release.manifest)
+    strategy = create_strategy("fedbn", {"epochs": epochs, "batch_size": 8, "learning_rate": 0.01})
+    plan, graphs = build_plan(strategy, model, contract, plan_id="small", seed=2)
+    save_plan(folder / "plan", plan, graphs)
+    recordings = {}
+    for name, person in zip(PEOPLE, people, strict=False):
+        recordings[name] = folder / f"{name}.npz"
+        save_recordings(recordings[name], [person], SIMULATED6)
+    return Kit(folder / "small.onnx", folder / "plan", recordings)
+
+
+class Fleet:
+    """Processes of one service and its agents, below one folder.
+
+    Use as a context: at its end everything is stopped, Mosquitto too when its service was killed.
+    """
+
+    def __init__(self, root: Path, kit: Kit) -> None:
+        self.kit = kit
+        self.root = root
+        self.cloud = root / "cloud"
+        self.processes = Processes(root / "logs")
+        self.pids: dict[str, int] = {}
+        self.device_ids: dict[str, str] = {}
+        self.ready: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self.pids.values():  # a stopped process cannot end
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        self.processes.stop_all()
+        with suppress(OSError, ValueError):  # the service removes the file when it ends by itself
+            os.kill(int((self.cloud / "broker" / "mosquitto.pid").read_text()), signal.SIGTERM)
+
+    def start_service(self, *options: str) -> dict[str, Any]:
+        """Start it, on the ports it had before if it ran already; what it says when it is ready."""
+        ports = {"port": 0, "enrol-port": 0, "web-port": 0, "broker-port": 0}
+        if self.ready:
+            ports = {
+                "port": self.ready["cloud_port"],
+                "enrol-port": self.ready["enrol_port"],
+                "web-port": self.ready["web_port"],
+                "broker-port": self.ready["broker"]["port"],
+            }
+        flags = [word for name, port in ports.items() for word in (f"--{name}", str(port))]
+        command = ["wearfleet-cloud", "serve", "--state", str(self.cloud), *flags, *options, "--json"]
+        self.pids["service"] = self.processes.start("service", command).pid
+        self.ready = dict(self.processes.ready_line("service"))
+        return self.ready
+
+    def admin(self, *command: str) -> Any:
+        """A command of the service's operator; its JSON."""
+        return self.processes.call(
+            "-".join(command[:2]), ["wearfleet-cloud", *command, "--state", str(self.cloud), "--json"]
+        )
+
+    def enrol(self, name: str) -> None:
+        """Give a person's device its identity."""
+        ticket = self.admin("devices", "enrol-code", "--name", name)["ticket"]
+        place = str(self.device(name).root)
+        command = ["wearfleet-edge", "enrol", ticket, "--state", place, "--json"]
+        self.device_ids[name] = self.processes.call(f"enrol-{name}", command)["device_id"]
+
+    def start_agent(self, name: str, *options: str) -> None:
+        """Start a person's agent, which replays the person's recording."""
+        place = str(self.device(name).root)
+        command = ["wearfleet-edge", "run", "--state", place, "--recording", str(self.kit.recordings[name])]
+        self.pids[name] = self.processes.start(name, [*command, *options, "--json"]).pid
+
+    def kill(self, name: str) -> None:
+        """``kill -9``: no handler runs, nothing is flushed."""
+        os.kill(self.pids[name], signal.SIGKILL)
+        self.processes.stop([name])
+
+    def device(self, name: str) -> StateDirectory:
+        """The state directory of a person's agent."""
+        return StateDirectory(self.root / "devices" / name)
+
+    def status(self, name: str) -> dict[str, Any]:
+        """What an agent said last; empty before its first word."""
+        path = self.device(name).status
+        return read_json(path) if path.exists() else {}
+
+    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Read the service's database, also while it runs."""
+        with closing(sqlite3.connect(f"file:{self.cloud / 'wearfleet.db'}?mode=ro", uri=True)) as database:
+            return database.execute(query, values).fetchall()
+
+
+def wait_for(what: str, true: Callable[[], object], seconds: float = 30.0, every: float = 0.02) -> None:
+    """Wait until ``true()``, or fail and say what did not happen."""
+    limit = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < limit, f"within {seconds} s this did not happen: {what}"
+        time.sleep(every)
