@@ -20,8 +20,18 @@ export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** A share in whole hundredths without its sign; a dash when it is not known. */
+export function hundredths(share) {
+  return share === null || share === undefined ? "–" : `${Math.round(100 * share)}`;
+}
+
 export function percent(share) {
-  return share === null || share === undefined ? "–" : `${Math.round(100 * share)} %`;
+  return share === null || share === undefined ? "–" : `${hundredths(share)} %`;
+}
+
+/** "88 → 94 %": the sign once, so that it fits beside a name. */
+export function change(before, after) {
+  return `${hundredths(before)} → ${percent(after)}`;
 }
 
 export function ago(seconds) {

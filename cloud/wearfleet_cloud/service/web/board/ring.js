@@ -1,6 +1,6 @@
 // The federated round as a ring: a segment for each device, filled as far as the device has come.
 
-import { make, makeSvg, percent, setText } from "./dom.js";
+import { change, make, makeSvg, setText } from "./dom.js";
 
 const FILL = { invited: 0, fetched: 0.35, training: 0.7, submitted: 1, declined: 1, late: 1 };
 const NAMED_AT_MOST = 8;
@@ -70,7 +70,7 @@ function arc(start, length) {
 
 function namedStage(who) {
   const known = who.accuracy_before !== null || who.accuracy_after !== null;
-  const accuracy = known ? `${percent(who.accuracy_before)} → ${percent(who.accuracy_after)}` : "";
+  const accuracy = known ? change(who.accuracy_before, who.accuracy_after) : "";
   return stageItem(who.stage, who.name, who.stage, accuracy);
 }
 

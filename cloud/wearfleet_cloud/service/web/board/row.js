@@ -1,6 +1,6 @@
 // One device: name, what it does now, its ribbon, its accuracy. Elements are made once, then only their text changes.
 
-import { ago, capital, make, percent, setText } from "./dom.js";
+import { ago, capital, hundredths, make, percent, setText } from "./dom.js";
 import { Ribbon } from "./ribbon.js";
 import { FLAGGED } from "./store.js";
 
@@ -25,7 +25,7 @@ export class Row {
     setText(this.model, device.model_version ? `v${device.model_version}` : "no model");
     this.model.title = device.model_id;
     this.personal.hidden = !device.personalised;
-    setText(this.before, percent(device.accuracy_before));
+    setText(this.before, hundredths(device.accuracy_before));
     setText(this.after, percent(device.accuracy_after));
     this.accuracy.classList.toggle("wf-known", device.accuracy_before !== null || device.accuracy_after !== null);
     this.#showGain(device);

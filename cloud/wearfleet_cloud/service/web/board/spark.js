@@ -1,6 +1,6 @@
 // Accuracy over the finished rounds: before local training (thin) and after it (bold).
 
-import { make, makeSvg, percent, setText } from "./dom.js";
+import { change, make, makeSvg, percent, setText } from "./dom.js";
 
 const WIDTH = 320;
 const HEIGHT = 96;
@@ -18,7 +18,7 @@ export class Spark {
     this.root.hidden = known.length === 0;
     if (!known.length) return;
     const last = known.at(-1);
-    setText(this.now, `${percent(last.accuracy_before)} → ${percent(last.accuracy_after)}`);
+    setText(this.now, change(last.accuracy_before, last.accuracy_after));
     this.svg.setAttribute("aria-label", `Round ${last.number}: ${percent(last.accuracy_before)} before, ${percent(last.accuracy_after)} after`);
     const low = Math.max(0, Math.min(...known.flatMap((done) => [done.accuracy_before, done.accuracy_after])) - 0.05);
     const x = (i) => (known.length === 1 ? WIDTH / 2 : PAD + (i * (WIDTH - 2 * PAD)) / (known.length - 1));
