@@ -184,7 +184,7 @@ def _ribbon(person: PersonReport) -> str:
             )
     return (
         f"<figure><figcaption>{escape(person.device)}: recognised (top), annotated (middle), out of distribution "
-        f'(bottom, red)</figcaption><svg viewBox="0 0 {count} 32" preserveAspectRatio="none" '
+        f'(bottom, orange)</figcaption><svg viewBox="0 0 {count} 32" preserveAspectRatio="none" '
         f'style="height:3.6rem" role="img" aria-label="activities of {escape(person.device)}">{"".join(parts)}'
         "</svg></figure>"
     )
@@ -223,7 +223,7 @@ def _matrix(matrix: NDArray[np.int64], labels: Sequence[str], caption: str) -> s
     for index, name in enumerate(labels):
         total = max(int(matrix[index].sum()), 1)
         cells = "".join(
-            f'<td style="background:rgba(0,114,178,{int(v) / total:.2f})" '
+            f'<td style="background:rgba(0,114,178,{int(v) / total:.2f}){";color:#fff" if 2 * int(v) > total else ""}" '
             f'title="{escape(name)} seen as {escape(labels[j])}">{int(v) or ""}</td>'
             for j, v in enumerate(matrix[index])
         )
