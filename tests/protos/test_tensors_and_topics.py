@@ -108,7 +108,8 @@ def test_random_keys_and_window_orders_never_change() -> None:
 def test_keys_are_spread_over_their_range() -> None:
     keys = np.array([rng_key(3, r, p, s) for r in range(10) for p in range(3) for s in range(100)])
     assert len(np.unique(keys)) == len(keys)
-    assert keys.min() >= 0 and keys.max() < 2**31
+    assert keys.min() >= 0
+    assert keys.max() < 2**31
     assert abs(keys.mean() / 2**31 - 0.5) < 4 / np.sqrt(
         12 * len(keys)
     )  # four standard errors of a uniform mean
