@@ -28,14 +28,20 @@ def postgres_server(folder: Path) -> Iterator[str]:
         pytest.skip(message)
     user = _user(folder)
     data, port = folder / "pg", _free_port()
-    quiet = {"check": True, "stdout": subprocess.DEVNULL, "cwd": "/", "user": user}
-    subprocess.run([programs / "initdb", "-D", data, "-A", "trust", "-U", "wearfleet", "-E", "UTF8"], **quiet)
+    quiet = {"stdout": subprocess.DEVNULL, "cwd": "/", "user": user}
+    subprocess.run(
+        [programs / "initdb", "-D", data, "-A", "trust", "-U", "wearfleet", "-E", "UTF8"], check=True, **quiet
+    )
     options = f"-c listen_addresses=127.0.0.1 -p {port} -c fsync=off -c unix_socket_directories={folder}"
-    subprocess.run([programs / "pg_ctl", "-D", data, "-w", "-o", options, "-l", folder / "pg.log", "start"], **quiet)
+    subprocess.run(
+        [programs / "pg_ctl", "-D", data, "-w", "-o", options, "-l", folder / "pg.log", "start"],
+        check=True,
+        **quiet,
+    )
     try:
         yield f"postgresql+psycopg://wearfleet@127.0.0.1:{port}/postgres"
     finally:
-        subprocess.run([programs / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **quiet)
+        subprocess.run([programs / "pg_ctl", "-D", data, "-m", "immediate", "stop"], check=True, **quiet)
 
 
 def _programs() -> Path | None:

@@ -1,4 +1,4 @@
-"""A real service on free ports in a temporary folder, and devices that speak its protocols, for tests and benchmarks."""
+"""A real service on free ports, and devices that speak its protocols, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 from paho.mqtt.enums import CallbackAPIVersion
 from wearfleet_cloud.config import Settings, load_settings
-from wearfleet_cloud.federated.round import RoundPolicy
 from wearfleet_cloud.federated.cohort import CohortPolicy
+from wearfleet_cloud.federated.round import RoundPolicy
 from wearfleet_cloud.service.enrolment import make_ticket
 from wearfleet_cloud.service.run_context import RunSettings
 from wearfleet_cloud.service.run_setup import start_run
@@ -32,7 +32,16 @@ from wearfleet_cloud.service.state import State, open_state
 from wearfleet_cloud.storage.run_records import find_run
 from wearfleet_protos.chunks import CHUNK_BYTES, crc32c
 from wearfleet_protos.messages import ClockQuality, Header, Prediction, SensorWindow
-from wearfleet_protos.plan import Budget, InputBinding, InputContract, Loop, OutputBinding, Phase, Plan, UploadSpec
+from wearfleet_protos.plan import (
+    Budget,
+    InputBinding,
+    InputContract,
+    Loop,
+    OutputBinding,
+    Phase,
+    Plan,
+    UploadSpec,
+)
 from wearfleet_protos.recording import Channel
 from wearfleet_protos.tensors import (
     TensorGroup,
@@ -89,15 +98,27 @@ def fixed_ports(settings: Settings, service: Service) -> Settings:
     running = service.running
     assert running is not None
     ports = {"port": running.cloud_port, "enrol_port": running.enrol_port, "web_port": running.web_port}
-    return service_settings(settings.service.state_dir, service=ports, broker={"port": running.broker.port, "kind": settings.broker.kind})
+    return service_settings(
+        settings.service.state_dir,
+        service=ports,
+        broker={"port": running.broker.port, "kind": settings.broker.kind},
+    )
 
 
-def enrolment_ticket(settings: Settings, address: str, name: str = "anna", hours: float = 1.0) -> EnrolmentTicket:
+def enrolment_ticket(
+    settings: Settings, address: str, name: str = "anna", hours: float = 1.0
+) -> EnrolmentTicket:
     """A ticket made the way the command line makes one."""
     state = open_state(settings)
     try:
         return make_ticket(
-            state.database, state.authority, address, name=name, tenant="default", now_ns=time.time_ns(), hours=hours
+            state.database,
+            state.authority,
+            address,
+            name=name,
+            tenant="default",
+            now_ns=time.time_ns(),
+            hours=hours,
         )
     finally:
         state.database.close()
@@ -155,7 +176,9 @@ class Device:
         """Fetch an artifact and check every chunk."""
         stub: Any = artifact_pb2_grpc.ArtifactServiceStub(self.channel)
         data = bytearray()
-        async for message in stub.DownloadArtifact(artifact_pb2.DownloadArtifactRequest(digest=digest, offset=offset)):
+        async for message in stub.DownloadArtifact(
+            artifact_pb2.DownloadArtifactRequest(digest=digest, offset=offset)
+        ):
             assert message.chunk.offset == offset + len(data)
             assert message.chunk.crc32c == crc32c(message.chunk.data)
             data += message.chunk.data
@@ -164,7 +187,9 @@ class Device:
     async def stat(self, digest: str) -> artifact_pb2.StatArtifactResponse:
         """Ask how much of an artifact is there."""
         stub: Any = artifact_pb2_grpc.ArtifactServiceStub(self.channel)
-        response: artifact_pb2.StatArtifactResponse = await stub.StatArtifact(artifact_pb2.StatArtifactRequest(digest=digest))
+        response: artifact_pb2.StatArtifactResponse = await stub.StatArtifact(
+            artifact_pb2.StatArtifactRequest(digest=digest)
+        )
         return response
 
     async def upload(
@@ -172,7 +197,9 @@ class Device:
     ) -> artifact_pb2.UploadArtifactResponse:
         """Send an artifact, or a part of it."""
         stub: Any = artifact_pb2_grpc.ArtifactServiceStub(self.channel)
-        messages = upload_messages(data, digest or digest_of(data), offset, len(data) if stop_at is None else stop_at)
+        messages = upload_messages(
+            data, digest or digest_of(data), offset, len(data) if stop_at is None else stop_at
+        )
         response: artifact_pb2.UploadArtifactResponse = await stub.UploadArtifact(messages)
         return response
 
@@ -191,17 +218,27 @@ class Device:
             "num_steps": 1,
             **changes,
         }
-        response: federation_pb2.SubmitUpdateResponse = await stub.SubmitUpdate(federation_pb2.SubmitUpdateRequest(**values))
+        response: federation_pb2.SubmitUpdateResponse = await stub.SubmitUpdate(
+            federation_pb2.SubmitUpdateRequest(**values)
+        )
         return response
 
-    async def answer(self, task: federation_pb2.FederatedTask, shift: float) -> federation_pb2.SubmitUpdateResponse:
+    async def answer(
+        self, task: federation_pb2.FederatedTask, shift: float
+    ) -> federation_pb2.SubmitUpdateResponse:
         """Do a whole task: every tensor moves by ``shift``; a personalisation only reports."""
         if task.kind == federation_pb2.TASK_KIND_PERSONALISE:
-            return await self.submit(task, "", metrics={"evaluate_after/correct": 9.0, "evaluate_after/count": 10.0})
+            return await self.submit(
+                task, "", metrics={"evaluate_after/correct": 9.0, "evaluate_after/count": 10.0}
+            )
         tensors = decode_tensors(await self.download(task.tensors_digest))
         update = encode_tensors({name: np.full_like(array, shift) for name, array in tensors.items()})
         await self.upload(update)
         return await self.submit(task, digest_of(update))
+
+    async def answer_late(self, task: federation_pb2.FederatedTask) -> federation_pb2.SubmitUpdateResponse:
+        """Hand in an update that could not be uploaded any more."""
+        return await self.submit(task, digest_of(b"too late"))
 
     async def decline(self, task: federation_pb2.FederatedTask, reason: str) -> None:
         """Turn a task down."""
@@ -216,13 +253,20 @@ class Device:
         """Report and learn what to run."""
         stub: Any = fleet_pb2_grpc.FleetServiceStub(self.channel)
         reported = fleet_pb2.ReportedState(agent_version="1", model_version=3)
-        response: fleet_pb2.HeartbeatResponse = await stub.Heartbeat(fleet_pb2.HeartbeatRequest(reported=reported))
+        response: fleet_pb2.HeartbeatResponse = await stub.Heartbeat(
+            fleet_pb2.HeartbeatRequest(reported=reported)
+        )
         return response
 
     def header(self, sequence: int, device_id: str = "") -> Header:
         """Header of a message of this start."""
         return Header(
-            device_id or self.device_id, self.boot_id, sequence, uuid.uuid4().hex, time.time_ns(), ClockQuality.REPLAY
+            device_id or self.device_id,
+            self.boot_id,
+            sequence,
+            uuid.uuid4().hex,
+            time.time_ns(),
+            ClockQuality.REPLAY,
         )
 
     def window(self, sequence: int, device_id: str = "") -> SensorWindow:
@@ -269,7 +313,9 @@ class Device:
         return context
 
 
-def upload_messages(data: bytes, digest: str, offset: int, stop_at: int) -> Iterator[artifact_pb2.UploadArtifactRequest]:
+def upload_messages(
+    data: bytes, digest: str, offset: int, stop_at: int
+) -> Iterator[artifact_pb2.UploadArtifactRequest]:
     """The messages of an upload."""
     start = artifact_pb2.UploadStart(digest=digest, size_bytes=len(data), offset=offset)
     yield artifact_pb2.UploadArtifactRequest(start=start)
@@ -314,7 +360,8 @@ async def enrolled_device(service: Service, name: str = "anna") -> Device:
 def echo_plan(shapes: Mapping[str, tuple[int, ...]]) -> Plan:
     """A plan of FedAvg over some float32 tensors; its graph is never run."""
     specs = tuple(
-        TensorSpec(name, "float32", shape, TensorRole.SHARED, TensorGroup.PARAM) for name, shape in shapes.items()
+        TensorSpec(name, "float32", shape, TensorRole.SHARED, TensorGroup.PARAM)
+        for name, shape in shapes.items()
     )
     phase = Phase(
         "train",

@@ -101,9 +101,12 @@ class MosquittoBroker:
         write_private(self._folder / "access.conf", access_list(self._revoked).encode())
 
     def _reload(self) -> None:
+        self._signal(signal.SIGHUP)
+
+    def _signal(self, number: signal.Signals) -> None:
         if self._pid:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGHUP)
+                os.kill(self._pid, number)
 
     async def _take_over(self) -> int:
         """Port of a Mosquitto that an earlier service left running in this folder, 0 when there is none."""

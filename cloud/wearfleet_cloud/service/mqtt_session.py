@@ -71,20 +71,8 @@ class MqttSession:
         self._epoch = 0
         self._trouble = "not tried yet"
         self._stopping, self._lost, self._subscribed = threading.Event(), threading.Event(), threading.Event()
-        self._client = mqtt.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=client_id,
-            clean_session=False,
-            protocol=mqtt.MQTTv311,
-            manual_ack=True,
-            reconnect_on_failure=False,
-        )
-        if endpoint.tls is not None:
-            self._client.tls_set_context(endpoint.tls)
-        self._client.on_connect = self._connected
-        self._client.on_subscribe = self._subscription_answered
-        self._client.on_disconnect = self._disconnected
-        self._client.on_message = self._message
+        self._client_id = client_id
+        self._client = self._make_client()
         self._thread = threading.Thread(target=self._keep_connected, name="mqtt-session", daemon=True)
 
     def start(self, timeout_s: float) -> None:
@@ -120,17 +108,36 @@ class MqttSession:
         while not self._stopping.is_set():
             self._lost.clear()
             began = time.monotonic()
+            self._client = self._make_client()  # a used one would leak the sockets of its loop
             try:
                 self._client.connect(self._endpoint.host, self._endpoint.port, _KEEPALIVE_S)
             except (OSError, ValueError) as error:
                 self._trouble = str(error)
             else:
                 self._client.loop_start()
-                self._lost.wait()
+                while not self._lost.wait(1.0) and not self._stopping.is_set():
+                    pass
                 self._client.loop_stop()
             delay = _FIRST_RETRY_S if time.monotonic() - began > _LONGEST_RETRY_S else delay
             self._stopping.wait(random.uniform(0.0, delay))  # noqa: S311 - jitter, not a secret
             delay = min(2 * delay, _LONGEST_RETRY_S)
+
+    def _make_client(self) -> mqtt.Client:
+        client = mqtt.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self._client_id,
+            clean_session=False,
+            protocol=mqtt.MQTTv311,
+            manual_ack=True,
+            reconnect_on_failure=False,
+        )
+        if self._endpoint.tls is not None:
+            client.tls_set_context(self._endpoint.tls)
+        client.on_connect = self._connected
+        client.on_subscribe = self._subscription_answered
+        client.on_disconnect = self._disconnected
+        client.on_message = self._message
+        return client
 
     def _connected(self, client: mqtt.Client, _: Any, __: Any, reason: ReasonCode, ___: Any) -> None:
         if reason.is_failure:

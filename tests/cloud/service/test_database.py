@@ -109,17 +109,21 @@ def test_opening_a_database_again_changes_nothing(tmp_path):
 
 
 def test_a_transaction_that_raises_leaves_nothing(database):
-    with pytest.raises(RuntimeError), database.write() as connection:
-        insert_device(connection, ANNA)
-        raise RuntimeError
+    def insert_and_fail() -> None:
+        with database.write() as connection:
+            insert_device(connection, ANNA)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        insert_and_fail()
     with database.read() as connection:
         assert list_devices(connection) == []
 
 
 def test_a_row_of_an_unknown_device_is_refused(database):
-    code = Code("h", "default", "anna", 1, 2)
+    with database.write() as connection:
+        insert_code(connection, Code("h", "default", "anna", 1, 2))
     with pytest.raises(sa.exc.IntegrityError), database.write() as connection:
-        insert_code(connection, code)
         bind_code(connection, "h", "nobody-0000", "k")
 
 
@@ -252,7 +256,11 @@ def test_a_submission_exists_once_and_a_run_ends_once(database):
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("mysql://x", "sqlite or postgresql"), ("nonsense", "database.url"), ("sqlite:////proc/no/x.db", "cannot create")],
+    [
+        ("mysql://x", "sqlite or postgresql"),
+        ("nonsense", "database.url"),
+        ("sqlite:////proc/no/x.db", "cannot create"),
+    ],
 )
 def test_a_wrong_database_url_is_a_clear_error(url, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,0 +1,190 @@
+"""The service as a process: starting where it cannot, being killed, coming back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from service_harness import (
+    begin_run,
+    enrolled_device,
+    fixed_ports,
+    global_tensors,
+    running_service,
+    service_settings,
+    until,
+    wait_until,
+)
+from wearfleet_cloud.config import BrokerConfig
+from wearfleet_cloud.service import broker as broker_module
+from wearfleet_cloud.service.serve import Service
+from wearfleet_cloud.service.state import open_state
+from wearfleet_cloud.service.state_dir import read_running
+from wearfleet_cloud.storage.device_records import stream_counts
+from wearfleet_cloud.storage.run_records import find_run, list_submissions
+from wearfleet_protos.codec import encode
+from wearfleet_protos.errors import ConfigError
+from wearfleet_protos.topics import TopicKind
+
+pytestmark = pytest.mark.broker
+
+
+async def failure_of(settings) -> str:
+    with pytest.raises(ConfigError) as caught:
+        await Service(settings).start()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("service", "port"), ("service", "enrol_port"), ("service", "web_port"), ("broker", "port")],
+)
+async def test_an_occupied_port_is_a_clear_error_and_leaves_nothing_behind(tmp_path, section, key):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        settings = service_settings(tmp_path, **{section: {key: other.getsockname()[1]}})
+        message = await failure_of(settings)
+    assert f"choose another {section}.{key}" in message
+    async with running_service(service_settings(tmp_path)) as service:  # nothing holds the folder or a port
+        assert service.running is not None
+
+
+async def test_without_a_broker_the_service_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("wearfleet_cloud.service.ingest._START_S", 0.3)
+    settings = service_settings(tmp_path, broker={"url": "mqtt://127.0.0.1:9"})
+    assert "start the broker, or correct --broker" in await failure_of(settings)
+    monkeypatch.setattr(broker_module, "find_mosquitto", lambda: None)
+    settings = service_settings(tmp_path, broker={"kind": "mosquitto"})
+    assert "install it" in await failure_of(settings)
+    config = BrokerConfig("external", "http://x", 0, 1000)
+    with pytest.raises(ConfigError, match="must look like mqtt"):
+        broker_module.create_broker(config, tmp_path, "127.0.0.1", SimpleNamespace())
+
+
+async def test_a_second_service_on_the_same_folder_is_refused(tmp_path):
+    settings = service_settings(tmp_path)
+    async with running_service(settings):
+        assert "another service runs" in await failure_of(settings)
+
+
+async def test_every_address_needs_a_public_name(tmp_path):
+    assert "public_host" in await failure_of(service_settings(tmp_path, service={"host": "0.0.0.0"}))
+
+
+@pytest.mark.slow
+async def test_mosquitto_is_started_again_when_it_dies(tmp_path):
+    settings = service_settings(tmp_path / "state", broker={"kind": "mosquitto"})
+    async with running_service(settings) as service:
+        anna = await enrolled_device(service)
+        pid_file = settings.service.state_dir / "broker" / "mosquitto.pid"
+        first = int(pid_file.read_text())
+        await until((settings.service.state_dir / "broker" / "mosquitto.db").exists)
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: int(pid_file.read_text()) != first)
+        client = await asyncio.to_thread(anna.mqtt, tmp_path)
+        await until(lambda: service.metrics.broker_connected._value.get() == 1)
+        await asyncio.to_thread(
+            client.publish(anna.topic(TopicKind.WINDOW), encode(anna.window(0)), qos=1).wait_for_publish, 10
+        )
+        await until(lambda: service.metrics.messages.labels("window")._value.get() == 1, 30.0)
+        client.disconnect()
+        client.loop_stop()
+
+
+def start_process(settings) -> subprocess.Popen[str]:
+    """``wearfleet-cloud serve`` with these settings, when it is ready."""
+    service, broker = settings.service, settings.broker
+    command = [
+        sys.executable, "-c", "from wearfleet_cloud.cli import main; main()", "serve", "--json",
+        "--state", str(service.state_dir), "--port", str(service.port), "--enrol-port", str(service.enrol_port),
+        "--web-port", str(service.web_port), "--broker-port", str(broker.port),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        ready = json.loads(process.stdout.readline())
+    assert ready["ready"]
+    assert set(ready) == {"ready", "pid", "host", "cloud_port", "enrol_port", "web_port", "broker"}
+    return process
+
+
+def end_broker(folder: Path) -> None:
+    pid_file = folder / "broker" / "mosquitto.pid"
+    if pid_file.exists():
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.e2e
+async def test_a_killed_service_loses_no_window_and_counts_no_update_twice(tmp_path):
+    folder = tmp_path / "state"
+    settings = service_settings(folder)
+    async with running_service(settings) as service:  # only to learn free ports and to enrol
+        settings = fixed_ports(settings, service)
+        devices = [await enrolled_device(service, name) for name in ("anna", "ben")]
+    process = await asyncio.to_thread(start_process, settings)
+    try:
+        anna, ben = devices
+        client = await asyncio.to_thread(anna.mqtt, tmp_path)
+        run_id = await asyncio.to_thread(begin_run, settings, {"a": (300_000,)}, rounds=1, min_clients=2)
+        tasks = await asyncio.gather(anna.task(), ben.task())
+        await anna.answer(tasks[0], 1.0)
+        for number in range(200):
+            client.publish(anna.topic(TopicKind.WINDOW), encode(anna.window(number)), qos=1)
+            if number == 100:
+                process.kill()
+                process.wait()
+        running = read_running(folder)
+        assert running is not None
+        assert running.pid == process.pid
+        process = await asyncio.to_thread(start_process, settings)  # takes the same broker over
+        for number in range(200, 250):
+            client.publish(anna.topic(TopicKind.WINDOW), encode(anna.window(number)), qos=1)
+        for device in devices:
+            await device.close()
+        task = await ben.task()
+        assert task.attempt_id == tasks[1].attempt_id
+        await ben.answer(task, 3.0)
+        state = open_state(settings)
+
+        def settled() -> bool:
+            with state.database.read() as connection:
+                windows = [(c.received, c.lost) for c in stream_counts(connection)]
+                return windows == [(250, 0)] and find_run(connection, run_id).state == "done"
+
+        await until(settled, 30.0)
+        with state.database.read() as connection:
+            assert len(list_submissions(connection, run_id)) == 2
+        assert np.all(global_tensors(state, run_id)["a"] == 2.0)
+        state.database.close()
+        client.disconnect()
+        client.loop_stop()
+        for device in devices:
+            await device.close()
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert await asyncio.to_thread(process.wait, 35) == 0
+        assert time.monotonic() - began < 30
+    finally:
+        process.kill()
+        process.wait()
+        end_broker(folder)
+
+
+@pytest.mark.e2e
+def test_ctrl_c_ends_the_service_and_its_broker(tmp_path):
+    process = start_process(service_settings(tmp_path))
+    pid = int((tmp_path / "broker" / "mosquitto.pid").read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
