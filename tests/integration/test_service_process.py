@@ -188,3 +188,22 @@ def test_ctrl_c_ends_the_service_and_its_broker(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def listening_sockets(pid: int) -> list[str]:
+    """``address:port`` in hexadecimal of every TCP socket on which a process listens."""
+    inodes = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return [fields[1] for fields in lines if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes]
+
+
+async def test_mosquitto_listens_on_one_loopback_port_and_nowhere_else(tmp_path):
+    settings = service_settings(tmp_path, broker={"kind": "mosquitto"})
+    async with running_service(settings) as service:
+        pid = int((tmp_path / "broker" / "mosquitto.pid").read_text())
+        assert service.running is not None
+        assert listening_sockets(pid) == [f"0100007F:{service.running.broker.port:04X}"]
