@@ -1,13 +1,12 @@
 """Rounds of Flower 1.41 with echo clients: FedAvg, start_server and start_client, one process a client.
 
-Runs in Flower's own environment (its pins clash with ours); ``bench_round.py`` starts it and compares.
-Prints one JSON object with the seconds of each round.
+Runs in Flower's own environment (its pins clash with ours); ``bench_round.py`` starts it and compares. Each line on
+the input releases ``--block`` rounds; each round prints its seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import subprocess
 import sys
@@ -30,14 +29,18 @@ class Echo(NumPyClient):
 
 
 class Timed(FedAvg):
-    """FedAvg that notes when each round starts and when its result is ready."""
+    """FedAvg that prints how long a round took, from choosing its clients to its result."""
 
-    def __init__(self, **settings) -> None:
+    def __init__(self, block: int, **settings) -> None:
         super().__init__(**settings)
-        self.seconds: list[float] = []
+        self._block, self._begin = block, 0.0
 
     def configure_fit(self, server_round, parameters, client_manager):  # noqa: D102
         client_manager.wait_for(self.min_available_clients)
+        if server_round == 1:
+            print("ready", flush=True)
+        if (server_round - 1) % self._block == 0:
+            sys.stdin.readline()
         self._begin = time.perf_counter()
         return super().configure_fit(server_round, parameters, client_manager)
 
@@ -45,7 +48,7 @@ class Timed(FedAvg):
         if failures:
             raise RuntimeError(f"echo clients failed: {failures}")
         result = super().aggregate_fit(server_round, results, failures)
-        self.seconds.append(time.perf_counter() - self._begin)
+        print(time.perf_counter() - self._begin, flush=True)
         return result
 
 
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--parameters", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--block", type=int, default=10)
     parser.add_argument("--port", type=int, default=18080)
     parser.add_argument("--client", action="store_true")
     args = parser.parse_args()
@@ -66,6 +70,7 @@ def main() -> None:
         for _ in range(args.clients)
     ]
     strategy = Timed(
+        block=args.block,
         fraction_evaluate=0.0,
         min_fit_clients=args.clients,
         min_available_clients=args.clients,
@@ -77,7 +82,6 @@ def main() -> None:
     finally:
         for child in children:
             child.terminate()
-    print(json.dumps({"round_seconds": strategy.seconds}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""What the benchmarks of the service share: quantiles, facts about the machine, rows of a CSV file, processes' costs."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured value of one provider in one case: median and the 20th and 80th percentile."""
+
+    benchmark: str
+    case: str
+    provider: str
+    metric: str
+    unit: str
+    p20: float
+    median: float
+    p80: float
+    samples: int
+
+
+def row(benchmark: str, case: str, provider: str, metric: str, unit: str, values: Sequence[float]) -> Row:
+    """The row of some repetitions of one measurement."""
+    p20, median, p80 = (float(np.percentile(values, q)) for q in (20, 50, 80))
+    return Row(benchmark, case, provider, metric, unit, p20, median, p80, len(values))
+
+
+def write_csv(path: Path, rows: Iterable[Row], packages: Sequence[str]) -> None:
+    """Rows with the facts that a reader needs to repeat them."""
+    facts = {
+        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "versions": " ".join(f"{name} {version(name)}" for name in packages),
+        "commit": _commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "load_1min": f"{os.getloadavg()[0]:.2f}",
+    }
+    lines = [{**asdict(entry), **facts} for entry in rows]
+    for line in lines:
+        line.update({name: f"{line[name]:.6g}" for name in ("p20", "median", "p80")})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def print_table(rows: Iterable[Row]) -> None:
+    """The rows for people."""
+    print(f"{'case':14} {'provider':26} {'metric':24} {'median':>10} {'p20':>10} {'p80':>10} unit")
+    for entry in rows:
+        numbers = " ".join(f"{value:10.4g}" for value in (entry.median, entry.p20, entry.p80))
+        print(f"{entry.case:14} {entry.provider:26} {entry.metric:24} {numbers} {entry.unit}")
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def peak_mib(pid: int) -> float:
+    """Largest resident memory of a process so far."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def reset_peak(pid: int) -> None:
+    """Begin to count the largest resident memory anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
