@@ -8,17 +8,16 @@ import ssl
 from typing import Any
 
 import grpc
-import numpy as np
 import onnx
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service_harness import (
-    CONTRACT,
     call_enrol,
     enrolled_device,
     enrolment_ticket,
+    named_model,
     running_service,
     service_settings,
     signing_request,
@@ -29,13 +28,7 @@ from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.storage.audit import verify_audit
 from wearfleet_cloud.storage.device_records import find_device
 from wearfleet_protos.errors import ConflictError, IntegrityError, ModelContractError
-from wearfleet_protos.manifest import (
-    MANIFEST_MEDIA_TYPE,
-    MODEL_INPUT,
-    MODEL_OUTPUTS,
-    ModelManifest,
-    metadata_of,
-)
+from wearfleet_protos.manifest import MANIFEST_MEDIA_TYPE, ModelManifest, metadata_of
 from wearfleet_protos.signing import verify
 from wearfleet_protos.tensors import digest_of
 from wearfleet_protos.ticket import EnrolmentTicket
@@ -58,39 +51,6 @@ def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def named_model(version: int) -> tuple[bytes, ModelManifest]:
-    """A small valid ONNX model: sums of a window as scores of two classes."""
-    value = onnx.helper.make_tensor_value_info
-    nodes = [
-        onnx.helper.make_node("ReduceMean", [MODEL_INPUT, "axes"], ["embedding"], keepdims=0),
-        onnx.helper.make_node("Identity", ["embedding"], ["logits"]),
-        onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
-        onnx.helper.make_node("ReduceMax", ["logits", "last"], ["ood_score"], keepdims=0),
-    ]
-    graph = onnx.helper.make_graph(
-        nodes,
-        "model",
-        [value(MODEL_INPUT, onnx.TensorProto.FLOAT, ["n", 2, 16])],
-        [
-            value(name, onnx.TensorProto.FLOAT, ["n"] if name == "ood_score" else ["n", 2])
-            for name in MODEL_OUTPUTS
-        ],
-        [
-            onnx.numpy_helper.from_array(np.array([2], np.int64), "axes"),
-            onnx.numpy_helper.from_array(np.array([1], np.int64), "last"),
-        ],
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    values: dict[str, Any] = {
-        "model_id": "har", "version": version, "contract": CONTRACT, "ood_method": "energy", "ood_threshold": 0.5,
-        "tensors": (), "train_run": "t", "license": "none", "created_ns": 1, "simulated": True,
-    }  # fmt: skip
-    draft = ModelManifest(digest=digest_of(b"draft"), size_bytes=1, **values)
-    onnx.helper.set_model_props(model, metadata_of(draft))
-    data = model.SerializeToString(deterministic=True)
-    return data, ModelManifest(digest=digest_of(data), size_bytes=len(data), **values)
 
 
 async def code_of(call: Any) -> grpc.StatusCode:

@@ -192,7 +192,7 @@ def test_ctrl_c_ends_the_service_and_its_broker(tmp_path):
 
 def listening_sockets(pid: int) -> list[str]:
     """``address:port`` in hexadecimal of every TCP socket on which a process listens."""
-    inodes = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    inodes = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
     lines = [
         line.split()
         for name in ("tcp", "tcp6")
