@@ -5,6 +5,7 @@ export PATH="$PATH:/usr/sbin"
 missing=()
 command -v mosquitto >/dev/null || missing+=(mosquitto)
 command -v chromedriver >/dev/null || missing+=(chromium chromium-driver)
+compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || command -v initdb >/dev/null || missing+=(postgresql)
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   apt-get update -qq
