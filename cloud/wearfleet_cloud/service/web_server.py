@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -57,13 +58,26 @@ class WebServer:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Serve; returns when the first request can come."""
-        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-        while not self._server.started:
-            if self._task.done():
-                self._task.result()
-                raise ConfigError("the web server ended while it started; the log tells more")
-            await asyncio.sleep(0.01)
+        """Serve; returns when the first request can come.
+
+        Raises:
+            ConfigError: the page did not start.
+        """
+        self._task = asyncio.create_task(self._serve())
+        with (
+            warnings.catch_warnings()
+        ):  # NiceGUI looks at every object of the process; parts of torch mind that
+            warnings.simplefilter("ignore", FutureWarning)
+            while not self._server.started:
+                if self._task.done():
+                    self._task.result()
+                await asyncio.sleep(0.01)
+
+    async def _serve(self) -> None:
+        try:
+            await self._server.serve(sockets=[self._socket])
+        except SystemExit as error:  # uvicorn's way to say that the application did not start
+            raise ConfigError("the web page did not start; the log tells why") from error
 
     async def stop(self) -> None:
         """Close connections."""
