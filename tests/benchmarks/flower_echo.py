@@ -24,7 +24,7 @@ logging.getLogger("flwr").setLevel(logging.ERROR)
 class Echo(NumPyClient):
     """Returns what it was given, as a client that trains for no time would."""
 
-    def fit(self, parameters, config):  # noqa: D102
+    def fit(self, parameters, config):
         return parameters, 1, {}
 
 
@@ -35,7 +35,7 @@ class Timed(FedAvg):
         super().__init__(**settings)
         self._block, self._begin = block, 0.0
 
-    def configure_fit(self, server_round, parameters, client_manager):  # noqa: D102
+    def configure_fit(self, server_round, parameters, client_manager):
         client_manager.wait_for(self.min_available_clients)
         if server_round == 1:
             print("ready", flush=True)
@@ -44,7 +44,7 @@ class Timed(FedAvg):
         self._begin = time.perf_counter()
         return super().configure_fit(server_round, parameters, client_manager)
 
-    def aggregate_fit(self, server_round, results, failures):  # noqa: D102
+    def aggregate_fit(self, server_round, results, failures):
         if failures:
             raise RuntimeError(f"echo clients failed: {failures}")
         result = super().aggregate_fit(server_round, results, failures)
@@ -66,7 +66,9 @@ def main() -> None:
         start_client(server_address=address, client=Echo().to_client(), insecure=True)
         return
     children = [
-        subprocess.Popen([sys.executable, __file__, "--client", "--port", str(args.port)], stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            [sys.executable, __file__, "--client", "--port", str(args.port)], stderr=subprocess.DEVNULL
+        )
         for _ in range(args.clients)
     ]
     strategy = Timed(

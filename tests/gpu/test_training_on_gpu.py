@@ -29,7 +29,8 @@ def exact_arithmetic() -> Iterator[None]:
 def _run(name: str, backbone: str, device: str, *, guarded: bool) -> dict[str, torch.Tensor]:
     generator = np.random.default_rng(0)
     domains = [
-        (generator.normal(size=(64, 6, 128)).astype(np.float32), generator.integers(0, 6, 64)) for _ in range(3)
+        (generator.normal(size=(64, 6, 128)).astype(np.float32), generator.integers(0, 6, 64))
+        for _ in range(3)
     ]
     model = build_classifier(ModelSpec(backbone, 6, 128, 6), 0).to(device)
     algorithm = build_algorithm(name, model, Adam(betas=(0.9, 0.999), weight_decay=1e-4))
@@ -39,7 +40,9 @@ def _run(name: str, backbone: str, device: str, *, guarded: bool) -> dict[str, t
     state = algorithm.init()
     settings = {"key": torch.tensor(5, device=device), "batch": 16, "on_step": lambda _: None}
     if guarded:
-        state, _ = advance(algorithm, state, data, hyper, steps=range(1), **settings)  # libraries start up here
+        state, _ = advance(
+            algorithm, state, data, hyper, steps=range(1), **settings
+        )  # libraries start up here
         torch.cuda.set_sync_debug_mode("error")
     try:
         state, _ = advance(algorithm, state, data, hyper, steps=range(1 if guarded else 0, STEPS), **settings)
