@@ -70,10 +70,16 @@ class Fleet:
     """Processes of one service and its agents, below one folder.
 
     Use as a context: at its end everything is stopped, Mosquitto too when its service was killed.
+
+    Args:
+        root: folder of its own, for state and logs.
+        kit: what it starts from.
+        edge: program of the agents, for instance of another environment.
     """
 
-    def __init__(self, root: Path, kit: Kit) -> None:
+    def __init__(self, root: Path, kit: Kit, edge: str = "wearfleet-edge") -> None:
         self.kit = kit
+        self.edge = edge
         self.root = root
         self.cloud = root / "cloud"
         self.processes = Processes(root / "logs")
@@ -118,13 +124,13 @@ class Fleet:
         """Give a person's device its identity."""
         ticket = self.admin("devices", "enrol-code", "--name", name)["ticket"]
         place = str(self.device(name).root)
-        command = ["wearfleet-edge", "enrol", ticket, "--state", place, "--json"]
+        command = [self.edge, "enrol", ticket, "--state", place, "--json"]
         self.device_ids[name] = self.processes.call(f"enrol-{name}", command)["device_id"]
 
     def start_agent(self, name: str, *options: str) -> None:
         """Start a person's agent, which replays the person's recording."""
         place = str(self.device(name).root)
-        command = ["wearfleet-edge", "run", "--state", place, "--recording", str(self.kit.recordings[name])]
+        command = [self.edge, "run", "--state", place, "--recording", str(self.kit.recordings[name])]
         self.pids[name] = self.processes.start(name, [*command, *options, "--json"]).pid
 
     def kill(self, name: str) -> None:

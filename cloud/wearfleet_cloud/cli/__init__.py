@@ -15,9 +15,21 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     try:
-        import typer
+        _run()
+    except WearfleetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("wearfleet"):
+            raise
         sys.exit(f"wearfleet-cloud needs the cloud extra ({error}): pip install 'wearfleet[cloud]'")
+
+
+def _run() -> None:
+    import typer
+
     from wearfleet_cloud.cli import data, demo, export, plan, serve, train
 
     app = typer.Typer(
@@ -28,10 +40,4 @@ def main() -> None:
     )
     for module in (demo, serve, data, train, export, plan):
         module.register(app)
-    try:
-        app()
-    except WearfleetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    app()
