@@ -1,1 +1,1 @@
-
+"""The cloud side: data, algorithms, training, export, federated rounds, fleet and service."""

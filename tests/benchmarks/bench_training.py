@@ -1,6 +1,6 @@
 """Training throughput in HAROOD's configuration: 4 domains x 32 windows of 6 x 128, CNN, Adam.
 
-    python tests/benchmarks/bench_training.py [--threads 1 2] [--steps 200] [--csv FILE]
+    python tests/benchmarks/bench_training.py [--threads 1 2] [--steps 200] [--device cuda] [--csv FILE]
 
 Compares, in one run and interleaved, a plain training loop in torch (its module, its optimiser, resident data) with
 every algorithm of ours through ``training.loop``. Correctness first: before anything is timed, the loss and all
@@ -41,6 +41,7 @@ class Row:
     slow_fifth: float
     fast_fifth: float
     cpu_ms_per_step: float
+    device: str
     torch: str
 
 
@@ -51,7 +52,7 @@ def data() -> Resident:
         (generator.standard_normal((1500, 6, 128), dtype=np.float32), generator.integers(0, 6, 1500))
         for _ in range(4)
     ]
-    return resident(domains, torch.device("cpu"))
+    return resident(domains, torch.get_default_device())
 
 
 def stock_network() -> nn.Sequential:
@@ -66,7 +67,10 @@ def stock_loop(windows: Resident) -> Callable[[int], None]:
     """A plain loop: resident data, torch's layers, torch's Adam, loss kept on the device."""
     network = stock_network()
     optimiser = torch.optim.Adam(network.parameters(), 1e-3)
-    x, generator = windows.x.transpose(1, 2).contiguous(), torch.Generator().manual_seed(0)
+    x, generator = (
+        windows.x.transpose(1, 2).contiguous(),
+        torch.Generator(torch.get_default_device()).manual_seed(0),
+    )
 
     def run(steps: int) -> None:
         total = torch.zeros(())
@@ -147,7 +151,21 @@ def row(name: str, backbone: str, threads: int, wall: list[float], cpu: list[flo
     """Summary of the blocks of one provider."""
     quintiles = statistics.quantiles(wall, n=5)
     rates = [round(1 / seconds, 1) for seconds in (statistics.median(wall), quintiles[3], quintiles[0])]
-    return Row(name, backbone, threads, *rates, round(1e3 * statistics.median(cpu), 2), torch.__version__)
+    return Row(
+        name,
+        backbone,
+        threads,
+        *rates,
+        round(1e3 * statistics.median(cpu), 2),
+        device_name(),
+        torch.__version__,
+    )
+
+
+def device_name() -> str:
+    """What runs the arithmetic."""
+    device = torch.get_default_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def main() -> None:
@@ -156,8 +174,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--backbones", nargs="+", default=["cnn"])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument(
+        "--device", default="cpu", help="of torch; CUDA events are awaited by reading the loss"
+    )
     parser.add_argument("--csv", type=Path, default=Path("runs/bench/training.csv"))
     arguments = parser.parse_args()
+    torch.set_default_device(arguments.device)
     check(data())
     rows = [
         one

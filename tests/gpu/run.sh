@@ -8,4 +8,4 @@ python=${PYTHON:-python3}
 "$python" -c 'import torch; print("GPU:", torch.cuda.get_device_name(0), "torch", torch.__version__)'
 "$python" -m pytest -q -p no:cacheprovider -o asyncio_mode=auto -o addopts="--import-mode=importlib" -o filterwarnings=default \
   -o timeout=0 -o asyncio_default_fixture_loop_scope=function -W ignore::pytest.PytestConfigWarning tests/gpu
-"$python" tests/benchmarks/bench_training.py --device cuda --out "${OUT:-docs/results/gpu}"
+"$python" tests/benchmarks/bench_training.py --device cuda --threads 1 --csv "${OUT:-docs/results/gpu}/training.csv"
