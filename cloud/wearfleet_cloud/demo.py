@@ -178,7 +178,8 @@ class _Demo:
         replays = write_replays(prepared, settings.out / "replays", people)
         command = [
             "wearfleet-cloud", "serve", "--state", self._state, "--port", "0", "--enrol-port", "0",
-            "--broker-port", "0", "--web-port", str(settings.web_port), "--source-name", prepared.dataset.name, "--json",
+            "--broker-port", "0", "--web-port", str(settings.web_port),
+            "--source-name", prepared.dataset.name, "--json",
         ]  # fmt: skip
         processes.start("service", command + (["--simulated"] if prepared.dataset.simulated else []))
         with self._bar("starting broker and service"):
