@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from wearfleet_protos.errors import IntegrityError
-from wearfleet_protos.tensors import Digest, parse_digest
+from wearfleet_protos.tensors import Digest, digest_of, parse_digest
 
 from wearfleet_edge.state import sync_directory
 from wearfleet_edge.transport.backoff import Backoff, with_retries
@@ -39,6 +39,7 @@ class ArtifactStore:
         self._cloud = cloud
         self._backoff = backoff
         self._wait = wait
+        self._begun: tuple[Digest, list[bytes]] | None = None
         self.bytes_received = 0
 
     def fetch(self, digest: str, max_bytes: int) -> bytes:
@@ -61,6 +62,27 @@ class ArtifactStore:
             raise IntegrityError(f"artifact {digest} has {len(data)} bytes, at most {max_bytes} are accepted")
         return data
 
+    def fetch_once(self, digest: str, max_bytes: int, arrived: bytes = b"") -> bytes:
+        """The bytes of an artifact that is needed once: they never touch the disk.
+
+        Args:
+            digest: content address.
+            max_bytes: refuse anything larger.
+            arrived: the bytes, when they came another way; checked like a download.
+
+        Raises:
+            IntegrityError: too large, or the bytes do not match the digest.
+            TransportError: the network failed; what came is kept in memory for the next try.
+        """
+        name = parse_digest(digest)
+        data = arrived or self._receive(name, max_bytes)
+        self.bytes_received += len(data)
+        if len(data) > max_bytes:
+            raise IntegrityError(f"artifact {digest} has {len(data)} bytes, at most {max_bytes} are accepted")
+        if (found := digest_of(data)) != name:
+            raise IntegrityError(f"the download of {digest} gave {found}; it was damaged or tampered with")
+        return data
+
     def has(self, digest: str) -> bool:
         """True when the artifact is here already."""
         return self._path(parse_digest(digest)).exists()
@@ -76,12 +98,7 @@ class ArtifactStore:
         partial = path.with_name(path.name + ".part")
         before = partial.stat().st_size if partial.exists() else 0
         try:
-            with_retries(
-                lambda: self._cloud.download(digest, partial, max_bytes),
-                attempts=_ATTEMPTS,
-                backoff=self._backoff,
-                wait=self._wait,
-            )
+            self._retry(lambda: self._cloud.download(digest, partial, max_bytes))
         except IntegrityError:
             partial.unlink()
             raise
@@ -92,6 +109,21 @@ class ArtifactStore:
             raise IntegrityError(f"the download of {digest} gave {found}; it was damaged or tampered with")
         partial.replace(path)
         sync_directory(self._folder)
+
+    def _receive(self, digest: Digest, max_bytes: int) -> bytes:
+        if self._begun is None or self._begun[0] != digest:
+            self._begun = digest, []
+        parts = self._begun[1]
+        try:
+            self._retry(lambda: self._cloud.receive(digest, parts, max_bytes))
+        except IntegrityError:
+            self._begun = None
+            raise
+        self._begun = None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _retry(self, call: Callable[[], None]) -> None:
+        with_retries(call, attempts=_ATTEMPTS, backoff=self._backoff, wait=self._wait)
 
     def _path(self, digest: Digest) -> Path:
         return self._folder / digest.removeprefix("sha256:")

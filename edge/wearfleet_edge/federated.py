@@ -31,7 +31,7 @@ from wearfleet_edge.trainer import (
     upload_tensors,
 )
 from wearfleet_edge.transport.backoff import Backoff, with_retries
-from wearfleet_edge.transport.cloud import ReceiptStatus, Stage, Submission, Task
+from wearfleet_edge.transport.cloud import INLINE_BYTES, Receipt, ReceiptStatus, Stage, Submission, Task
 
 if TYPE_CHECKING:
     from wearfleet_protos.plan import InputContract
@@ -167,7 +167,8 @@ class FederatedWorker:
         _require_match(plan, installed)
         graphs = {p.graph: self._artifacts.fetch(p.graph, p.graph_bytes) for p in plan.phases}
         downloaded = decode_tensors(
-            self._artifacts.fetch(task.tensors_digest, task.tensors_bytes), plan.download_specs()
+            self._artifacts.fetch_once(task.tensors_digest, task.tensors_bytes, task.tensors),
+            plan.download_specs(),
         )
         check_finite(downloaded)
         self._artifacts.keep_only({task.plan_digest, *graphs})
@@ -252,9 +253,7 @@ class FederatedWorker:
         """Hand in a result; keep it when the network fails, promote or forget it by the receipt."""
         submission = result.submission
         try:
-            if result.update:
-                self._upload(result)
-            receipt = self._cloud.submit(submission)
+            receipt = self._hand_in(result)
         except (ConflictError, DeniedError, NotFoundError, ProtocolError) as error:
             self._forget(submission, str(error))
             return
@@ -269,15 +268,21 @@ class FederatedWorker:
         if result.personal:
             self._use_personal()
 
-    def _upload(self, result: PendingResult) -> None:
-        digest = digest_of(result.update)
-        with_retries(
-            lambda: self._cloud.upload(digest, result.update),
-            attempts=_ATTEMPTS,
-            backoff=self._backoff,
-            wait=self._device.wait,
-        )
-        self.progress.bytes_up += len(result.update)
+    def _hand_in(self, result: PendingResult) -> Receipt:
+        update = result.update
+        if len(update) <= INLINE_BYTES:
+            receipt = self._cloud.submit(result.submission, update)
+        else:
+            digest = digest_of(update)
+            with_retries(
+                lambda: self._cloud.upload(digest, update),
+                attempts=_ATTEMPTS,
+                backoff=self._backoff,
+                wait=self._device.wait,
+            )
+            receipt = self._cloud.submit(result.submission)
+        self.progress.bytes_up += len(update)
+        return receipt
 
     def _forget(self, submission: Submission, reason: str) -> None:
         self._refused_attempt = submission.attempt_id

@@ -1,4 +1,4 @@
-"""What the benchmarks of the service share: quantiles, facts about the machine, rows of a CSV file, processes' costs."""
+"""What the benchmarks of the service share: quantiles, rows of a CSV file with facts, what processes cost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row:
     samples: int
 
 
-def row(benchmark: str, case: str, provider: str, metric: str, unit: str, values: Sequence[float]) -> Row:
+def row(values: Sequence[float], *, benchmark: str, case: str, provider: str, metric: str, unit: str) -> Row:
     """The row of some repetitions of one measurement."""
     p20, median, p80 = (float(np.percentile(values, q)) for q in (20, 50, 80))
     return Row(benchmark, case, provider, metric, unit, p20, median, p80, len(values))
@@ -41,7 +41,8 @@ def row(benchmark: str, case: str, provider: str, metric: str, unit: str, values
 def write_csv(path: Path, rows: Iterable[Row], packages: Sequence[str]) -> None:
     """Rows with the facts that a reader needs to repeat them."""
     facts = {
-        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
         "versions": " ".join(f"{name} {version(name)}" for name in packages),
         "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

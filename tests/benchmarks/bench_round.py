@@ -1,4 +1,4 @@
-"""A federated round over real gRPC on loopback: ours, Flower 1.41, and bare gRPC streams of the same bytes, interleaved.
+"""A federated round over real gRPC on loopback beside Flower 1.41 and bare streams of the same bytes, interleaved.
 
     python tests/benchmarks/bench_round.py [--flower-python .venv-flower/bin/python] [--out FILE.csv]
 
@@ -64,12 +64,14 @@ def measure(case: Case, python: Path | None, rounds: int, blocks: int) -> list[R
 
 def _rows(case: Case, seconds: dict[str, list[float]], ours: Wearfleet, flower: Flower | None) -> list[Row]:
     def entry(provider: str, metric: str, unit: str, values: list[float]) -> Row:
-        return row("round", case.name, provider, metric, unit, values)
+        return row(values, benchmark="round", case=case.name, provider=provider, metric=metric, unit=unit)
 
     moved = 2 * 4 * case.values * case.clients
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     rows = [entry(name, "round", "ms", [1e3 * value for value in values]) for name, values in seconds.items()]
-    rows.append(entry("wearfleet", "round seen by clients", "ms", [1e3 * value for value in ours.client_seconds]))
+    rows.append(
+        entry("wearfleet", "round seen by clients", "ms", [1e3 * value for value in ours.client_seconds])
+    )
     rows += [entry(name, "bytes moved", "GB/s", [1e-9 * moved / value]) for name, value in median.items()]
     rows += [
         entry("wearfleet", f"share of {name}", "%", [100 * median[name] / median["wearfleet"]])
@@ -80,7 +82,9 @@ def _rows(case: Case, seconds: dict[str, list[float]], ours: Wearfleet, flower: 
     rows.append(entry("wearfleet", "server peak memory", "MiB", [ours.peak_mib()]))
     if flower is not None:
         rows.append(entry("flower 1.41", "server peak memory", "MiB", [flower.peak_mib()]))
-        rows.append(entry("wearfleet", "times faster than Flower", "x", [median["flower 1.41"] / median["wearfleet"]]))
+        rows.append(
+            entry("wearfleet", "times faster than Flower", "x", [median["flower 1.41"] / median["wearfleet"]])
+        )
     return rows
 
 
@@ -94,8 +98,12 @@ def _flower_environment(folder: Path) -> Path:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flower-python", type=Path, help="of an environment with Flower; made when not given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--flower-python", type=Path, help="of an environment with Flower; made when not given"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds a block")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/round.csv"))

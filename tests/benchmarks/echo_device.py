@@ -11,12 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.identity import load_enrolment
 from wearfleet_edge.state import StateDirectory
 from wearfleet_edge.transport.backoff import Backoff
-from wearfleet_edge.transport.cloud import ReceiptStatus, Submission, Task
+from wearfleet_edge.transport.cloud import INLINE_BYTES, ReceiptStatus, Submission, Task
 from wearfleet_edge.transport.rpc import RpcCloud
 from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
 from wearfleet_protos.signing import verify
@@ -52,21 +51,23 @@ class EchoDevice:
     def _answer(self, task: Task) -> None:
         signed = self._artifacts.fetch(task.plan_digest, task.plan_bytes)
         plan = Plan.from_bytes(verify(signed, self._keys, PLAN_MEDIA_TYPE))
-        data = self._artifacts.fetch(task.tensors_digest, task.tensors_bytes)
-        self._artifacts.keep_only({task.plan_digest})
+        data = self._artifacts.fetch_once(task.tensors_digest, task.tensors_bytes, task.tensors)
         tensors = decode_tensors(data, plan.download_specs())
         check_finite(tensors)
         for array in tensors.values():
             array.flat[0] = self._number
         update = encode_tensors(tensors)
         digest = digest_of(update)
-        self._cloud.upload(digest, update)
+        small = len(update) <= INLINE_BYTES
+        if not small:
+            self._cloud.upload(digest, update)
         receipt = self._cloud.submit(
             Submission(
                 run_id=task.run_id, round_number=task.round_number, attempt_id=task.attempt_id,
                 update_digest=digest, base_digest=task.tensors_digest, num_examples=1, num_steps=1,
                 metrics={}, train_seconds=0.0, local_state_reset=False,
-            )
+            ),
+            update if small else b"",
         )  # fmt: skip
         if receipt.status is not ReceiptStatus.ACCEPTED:
             sys.exit(f"the update was not accepted: {receipt}")

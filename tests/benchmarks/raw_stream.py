@@ -65,18 +65,20 @@ class RawServer:
         return time.perf_counter() - began
 
 
-async def serve(clients: int, size: int, files: Path) -> None:
+async def serve(clients: int, size: int, credentials: grpc.ServerCredentials) -> None:
     """Two ports, without and with mutual TLS; a line on the input names which of them does a round."""
-    pair = [((files / "server.key").read_bytes(), (files / "server.pem").read_bytes())]
-    credentials = grpc.ssl_server_credentials(pair, (files / "ca.pem").read_bytes(), require_client_auth=True)
     servers = {"plain": RawServer(clients, size), "tls": RawServer(clients, size)}
     ports, listening = {}, []
     for name, raw in servers.items():
         server = grpc.aio.server(options=OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(raw.stream)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("raw.Echo", {"Stream": handler}),))
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("raw.Echo", {"Stream": handler}),)
+        )
         ports[name] = (
-            server.add_insecure_port("127.0.0.1:0") if name == "plain" else server.add_secure_port("127.0.0.1:0", credentials)
+            server.add_insecure_port("127.0.0.1:0")
+            if name == "plain"
+            else server.add_secure_port("127.0.0.1:0", credentials)
         )
         await server.start()
         listening.append(server)  # a server that nobody holds stops
@@ -102,20 +104,31 @@ async def echo(channel: grpc.aio.Channel, size: int) -> None:
             await call.write(message)
 
 
-async def client(size: int, plain: str, tls: str, identity: Path, authority: Path) -> None:
+async def client(size: int, plain: str, tls: str, credentials: grpc.ChannelCredentials) -> None:
     """One process: a stream to each port."""
-    credentials = grpc.ssl_channel_credentials(
-        authority.read_bytes(), (identity / "device.key").read_bytes(), (identity / "device.pem").read_bytes()
-    )
     await asyncio.gather(
         echo(grpc.aio.insecure_channel(plain, options=OPTIONS), size),
         echo(grpc.aio.secure_channel(tls, credentials, options=OPTIONS), size),
     )
 
 
+def server_credentials(folder: Path) -> grpc.ServerCredentials:
+    """Mutual TLS with the files of our service."""
+    key, certificate, authority = (
+        (folder / name).read_bytes() for name in ("server.key", "server.pem", "ca.pem")
+    )
+    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
+
+
+def device_credentials(folder: Path) -> grpc.ChannelCredentials:
+    """Mutual TLS with the identity of one of our devices."""
+    files = ("authority.pem", "device.key", "device.pem")
+    return grpc.ssl_channel_credentials(*((folder / name).read_bytes() for name in files))
+
+
 if __name__ == "__main__":
-    _, role, *rest = sys.argv
+    _, role, size, *rest = sys.argv
     if role == "serve":
-        asyncio.run(serve(int(rest[0]), int(rest[1]), Path(rest[2])))
+        asyncio.run(serve(int(rest[0]), int(size), server_credentials(Path(rest[1]))))
     else:
-        asyncio.run(client(int(rest[0]), rest[1], rest[2], Path(rest[3]), Path(rest[4])))
+        asyncio.run(client(int(size), rest[0], rest[1], device_credentials(Path(rest[2]))))

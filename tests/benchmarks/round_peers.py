@@ -68,11 +68,15 @@ class Wearfleet:
         self._case, self._folder, self._children = case, folder, Children()
         self._settings: Settings = service_settings(folder / "state")
         command = (Path(sys.executable).with_name("wearfleet-cloud"), "serve", "--state", folder / "state")
-        ports = [word for name in ("--port", "--enrol-port", "--web-port", "--broker-port") for word in (name, "0")]
+        ports = [
+            word for name in ("--port", "--enrol-port", "--web-port", "--broker-port") for word in (name, "0")
+        ]
         self._service = self._children.start(*command, *ports, "--json", stderr=subprocess.DEVNULL)
         ready = json.loads(_line(self._service.stdout))
         for number in range(case.clients):
-            ticket = enrolment_ticket(self._settings, f"{ready['host']}:{ready['enrol_port']}", f"device{number}")
+            ticket = enrolment_ticket(
+                self._settings, f"{ready['host']}:{ready['enrol_port']}", f"device{number}"
+            )
             enrol_device(StateDirectory(self.device(number)), ticket.encode())
         self._devices = [
             self._children.start(sys.executable, HERE / "echo_device.py", self.device(number), number + 1)
@@ -100,10 +104,13 @@ class Wearfleet:
         reset_peak(self._service.pid)
 
     def block(self, rounds: int) -> list[float]:
-        """A run of ``1 + rounds`` rounds; seconds from open to published, by the server's records, of all but the first."""
+        """A run of ``1 + rounds`` rounds: seconds from open to published, by the server's records, without the first."""
         cpu = self._cpu()
         run_id = begin_run(
-            self._settings, {"weight": (self._case.values,)}, rounds=1 + rounds, min_clients=self._case.clients
+            self._settings,
+            {"weight": (self._case.values,)},
+            rounds=1 + rounds,
+            min_clients=self._case.clients,
         )
         seconds = self._finished(run_id, rounds)
         used = self._cpu()
@@ -185,14 +192,13 @@ class Raw:
         self._children = Children()
         size = 4 * case.values
         self._server = self._children.start(
-            sys.executable, HERE / "raw_stream.py", "serve", case.clients, size, ours.server_files
+            sys.executable, HERE / "raw_stream.py", "serve", size, case.clients, ours.server_files
         )
         ports = json.loads(_line(self._server.stdout))
         for number in range(case.clients):
-            identity = ours.device(number) / "identity"
             self._children.start(
                 sys.executable, HERE / "raw_stream.py", "client", size,
-                f"localhost:{ports['plain']}", f"localhost:{ports['tls']}", identity, identity / "authority.pem",
+                f"localhost:{ports['plain']}", f"localhost:{ports['tls']}", ours.device(number) / "identity",
             )  # fmt: skip
 
     def wait_ready(self) -> None:

@@ -97,8 +97,10 @@ class SimulatedCloud:
         self.stages.append((task.attempt_id, stage))
         return True
 
-    def submit(self, submission):
+    def submit(self, submission, update=b""):
         self._maybe_fail("submit")
+        if update:
+            self.add(update)
         self.submissions.append(submission)
         self.tasks = [t for t in self.tasks if t.attempt_id != submission.attempt_id]
         if "submit_reply" in self.broken:
@@ -121,6 +123,18 @@ class SimulatedCloud:
         with partial.open("ab") as file:
             file.write(part)
         if have + len(part) < len(data):
+            raise TransportError("the connection was cut")
+
+    def receive(self, digest, parts, max_bytes):
+        self._maybe_fail("download")
+        if digest not in self.blobs:
+            raise NotFoundError(f"no artifact {digest}")
+        have = sum(map(len, parts))
+        part = self.blobs[digest][have:]
+        if self.cut_after:
+            part = part[: self.cut_after]
+        parts.append(part)
+        if have + len(part) < len(self.blobs[digest]):
             raise TransportError("the connection was cut")
 
     def upload(self, digest, data):
@@ -255,6 +269,7 @@ class GrpcService(
                 tensors_digest=task.tensors_digest,
                 tensors_bytes=task.tensors_bytes,
                 remaining_seconds=task.remaining_seconds,
+                tensors=self.cloud.blobs.get(task.tensors_digest, b"")[: request.max_inline_bytes],
             )
         )
 
@@ -263,7 +278,7 @@ class GrpcService(
         return federation_pb2.ReportStageResponse(wanted=True)
 
     def SubmitUpdate(self, request, context):
-        self.cloud.submit(request)
+        self.cloud.submit(request, request.update)
         return federation_pb2.SubmitUpdateResponse(status=federation_pb2.RECEIPT_STATUS_ACCEPTED)
 
     def DeclineTask(self, request, context):
@@ -292,8 +307,11 @@ class GrpcService(
 
     def UploadArtifact(self, request_iterator, context):
         start = next(request_iterator).start
+        if start.digest in self.cloud.blobs:
+            return artifact_pb2.UploadArtifactResponse(committed_offset=start.size_bytes, complete=True)
         stored = self.partial.setdefault(start.digest, bytearray())
-        assert start.offset == len(stored)
+        if start.offset != len(stored):
+            context.abort(grpc.StatusCode.ABORTED, f"the upload stands at {len(stored)}")
         for message in request_iterator:
             assert crc32c(message.chunk.data) == message.chunk.crc32c
             assert message.chunk.offset == len(stored)

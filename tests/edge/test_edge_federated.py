@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from edge.simulators import Signer, SimulatedCloud
 from edge.tiny_graphs import CONTRACT, LABELS, TENSORS, make_plan, make_recording, make_release
+from wearfleet_edge import federated
 from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.federated import Device, FederatedWorker
 from wearfleet_edge.local_state import LocalState
@@ -17,7 +18,7 @@ from wearfleet_edge.slots import Slots
 from wearfleet_edge.state import StateDirectory
 from wearfleet_edge.trainer import Limits
 from wearfleet_edge.transport.backoff import Backoff
-from wearfleet_edge.transport.cloud import Receipt, ReceiptStatus, Stage, Task
+from wearfleet_edge.transport.cloud import INLINE_BYTES, Receipt, ReceiptStatus, Stage, Task
 from wearfleet_edge.wearer import Wearer
 from wearfleet_protos.errors import ConflictError, TransportError
 from wearfleet_protos.plan import Budget
@@ -127,7 +128,8 @@ def test_damaged_local_tensors_are_reported_as_reset(bench):
 
 
 @pytest.mark.parametrize("broken", ["submit", "submit_reply", "upload"])
-def test_a_break_while_handing_in_repeats_the_same_attempt_after_a_restart(bench, broken):
+def test_a_break_while_handing_in_repeats_the_same_attempt_after_a_restart(bench, broken, monkeypatch):
+    monkeypatch.setattr(federated, "INLINE_BYTES", 0 if broken == "upload" else INLINE_BYTES)
     bench.offer()
     bench.cloud.broken = {broken}
     with pytest.raises(TransportError):
@@ -174,7 +176,7 @@ def test_a_result_that_does_not_count_leaves_no_trace(bench, status):
 def test_a_refused_submission_is_forgotten_and_not_repeated(bench, monkeypatch):
     bench.offer()
 
-    def refuse(_submission):
+    def refuse(*_):
         raise ConflictError("round closed")
 
     monkeypatch.setattr(bench.cloud, "submit", refuse)

@@ -8,6 +8,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from edge.simulators import Authority, GrpcService, Signer, SimulatedCloud, free_port, serve
+from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.enrolment import enrol_device
 from wearfleet_edge.heartbeat import renew_if_due
 from wearfleet_edge.identity import (
@@ -21,6 +22,7 @@ from wearfleet_edge.identity import (
     save_enrolment,
 )
 from wearfleet_edge.state import StateDirectory
+from wearfleet_edge.transport.backoff import Backoff
 from wearfleet_edge.transport.cloud import ReceiptStatus, Reported, Stage, Submission, Task
 from wearfleet_edge.transport.rpc import RpcCloud, translate_error
 from wearfleet_protos.chunks import CHUNK_BYTES
@@ -293,9 +295,49 @@ def test_every_status_becomes_an_error_of_ours(code):
         "NOT_FOUND": NotFoundError,
         "FAILED_PRECONDITION": ConflictError,
         "ALREADY_EXISTS": ConflictError,
+        "ABORTED": ConflictError,
         "INVALID_ARGUMENT": ProtocolError,
         "OUT_OF_RANGE": ProtocolError,
         "UNIMPLEMENTED": ProtocolError,
         "DATA_LOSS": IntegrityError,
     }.get(code.name, TransportError)
     assert type(error) is wanted
+
+
+def test_small_tensors_and_updates_travel_inside_the_calls(service, cloud):
+    tensors, update = b"small tensors", b"small update"
+    digest = service.cloud.add(tensors)
+    service.cloud.tasks.append(
+        Task("run-9", 4, "attempt-4", False, digest_of(b"x"), 1, digest, len(tensors), 30.0)
+    )
+    assert cloud.poll_task(0.0, "").task.tensors == tensors
+    submission = Submission("run-9", 4, "attempt-4", digest_of(update), digest, 7, 3, {}, 0.5, False)
+    cloud.submit(submission, update)
+    assert service.cloud.blobs[digest_of(update)] == update
+
+
+def test_after_a_failed_poll_the_tensors_are_left_to_a_resumable_download(service, cloud):
+    tensors = b"small tensors"
+    digest = service.cloud.add(tensors)
+    service.cloud.tasks.append(
+        Task("run-9", 4, "attempt-4", False, digest_of(b"x"), 1, digest, len(tensors), 30.0)
+    )
+    service.cloud.broken = {"poll_task"}
+    with pytest.raises(TransportError):
+        cloud.poll_task(0.0, "")
+    service.cloud.broken = set()
+    assert [cloud.poll_task(0.0, "").task.tensors for _ in range(2)] == [b"", tensors]
+
+
+def test_an_artifact_that_is_needed_once_resumes_in_memory_and_never_touches_the_disk(
+    service, cloud, tmp_path
+):
+    digest = service.cloud.add(BIG)
+    store = ArtifactStore(tmp_path / "artifacts", cloud, Backoff(0.0, 0.0, lambda: 0.0), lambda _: False)
+    service.fault = "cut"
+    service.downloads.clear()
+    assert store.fetch_once(digest, len(BIG)) == BIG
+    assert service.downloads == [0, CHUNK_BYTES]
+    assert list((tmp_path / "artifacts").iterdir()) == []
+    with pytest.raises(IntegrityError, match="damaged"):
+        store.fetch_once(digest, len(BIG), arrived=b"something else")

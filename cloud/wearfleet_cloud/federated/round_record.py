@@ -1,7 +1,7 @@
 """One federated round as plain values: what it has, where it stands, and how that is stored."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any, Final
 
@@ -109,7 +109,8 @@ class Round:
 
     def to_dict(self) -> dict[str, object]:
         """Values that JSON can hold; inverse of ``from_dict``."""
-        return asdict(self)
+        values: dict[str, object] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"policy": asdict(self.policy), "receipts": [_plain(r) for r in self.receipts]}
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> "Round":
@@ -133,3 +134,12 @@ class Round:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"stored round cannot be read: {error}") from error
+
+
+def _plain(receipt: Receipt) -> dict[str, object]:
+    return {
+        "client": receipt.client,
+        "attempt": receipt.attempt,
+        "digest": receipt.digest,
+        "num_examples": receipt.num_examples,
+    }

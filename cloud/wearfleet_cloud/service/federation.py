@@ -125,11 +125,11 @@ class Federation:
         updates, specs = self._parts.updates, self._coordinator.run.upload_specs
         device_id, digest = submission.device_id, Digest(submission.update_digest)
         try:
-            await updates.check(device_id, digest, specs)
+            size = await updates.check(device_id, digest, specs)
         except (ShapeError, IntegrityError) as error:
             _LOGGER.warning("update of %s refused: %s", device_id, error)
             return str(error)[:400]
-        keeper.bytes_up += (size := updates.size(device_id, digest))
+        keeper.bytes_up += size
         self._parts.metrics.update_bytes.labels("up").inc(size)
         return ""
 

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -107,22 +107,48 @@ class Artifacts:
             raise TransportError("this upload is under way on another connection; try again")
         self._running.add((device_id, digest))
         try:
-            return await self._receive(self._updates.open(device_id, digest, size_bytes, offset), chunks)
+            upload = self._updates.open(device_id, digest, size_bytes, offset)
+            return await self._receive(device_id, digest, upload, chunks)
         finally:
             self._running.discard((device_id, digest))
 
-    @staticmethod
-    async def _receive(upload: Upload, chunks: AsyncIterator[ChunkIn]) -> ArtifactState:
+    async def accept(self, device_id: str, digest_text: str, update: bytes) -> None:
+        """Store an update that came with its submission; nothing happens when nobody waits for it.
+
+        Raises:
+            IntegrityError: the digest is not that of the update.
+            ProtocolError: it is too large to come this way.
+        """
+        digest = parse_digest(digest_text)
+        if len(update) > CHUNK_BYTES:
+            raise ProtocolError(f"an update of {len(update)} bytes must be uploaded before it is submitted")
+        if self._federation.may_upload(device_id) and not self._updates.has(device_id, digest):
+            self._updates.put(device_id, digest, update)
+
+    def inline(self, digest: Digest, size_bytes: int, most_bytes: int) -> bytes:
+        """A shared artifact to send inside an answer; empty when it is larger than the device wants it there."""
+        if size_bytes > min(most_bytes, CHUNK_BYTES):
+            return b""
+        self._federation.count_download(size_bytes)
+        return self._chunks.whole(digest)
+
+    async def _receive(
+        self, device_id: str, digest: Digest, upload: Upload, chunks: AsyncIterator[ChunkIn]
+    ) -> ArtifactState:
         with upload:
             async for chunk in chunks:
-                if len(chunk.data) <= SMALL_BYTES:
-                    _append(upload.append, chunk)
-                else:
-                    await asyncio.to_thread(_append, upload.append, chunk)
-            if not upload.complete:
-                return ArtifactState(False, 0, upload.offset)
-            upload.finish()
-        return ArtifactState(True, upload.offset, upload.offset)
+                _check_chunk(chunk)
+                upload.append(chunk.offset, chunk.data)
+                if upload.full:
+                    await asyncio.to_thread(upload.store)
+            if upload.complete:
+                small = upload.offset <= SMALL_BYTES
+                self._updates.keep(
+                    device_id, digest, upload.finish() if small else await asyncio.to_thread(upload.finish)
+                )
+                return ArtifactState(True, upload.offset, upload.offset)
+            await asyncio.to_thread(upload.store)
+        return ArtifactState(False, 0, upload.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +213,8 @@ def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     return dict(metrics)
 
 
-def _append(append: Callable[[int, bytes], None], chunk: ChunkIn) -> None:
+def _check_chunk(chunk: ChunkIn) -> None:
     if len(chunk.data) > CHUNK_BYTES:
         raise ProtocolError(f"a chunk may have {CHUNK_BYTES} bytes, got {len(chunk.data)}")
     if crc32c(chunk.data) != chunk.crc32c:
         raise IntegrityError(f"checksum of the chunk at {chunk.offset} is wrong; send it again")
-    append(chunk.offset, chunk.data)

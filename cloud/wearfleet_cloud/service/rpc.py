@@ -243,7 +243,12 @@ class RpcServer:
         task = await self._parts.federation.poll(device_id, min(max(wait_s, 0.0), _LONGEST_WAIT_S))
         if task is None:
             return federation_pb2.PollTaskResponse(retry_after_seconds=_NOTHING_RETRY_S)
-        return federation_pb2.PollTaskResponse(task=_task(task))
+        response = federation_pb2.PollTaskResponse()
+        _fill_task(response.task, task)
+        response.task.tensors = self._parts.artifacts.inline(
+            task.tensors_digest, task.tensors_bytes, request.max_inline_bytes
+        )
+        return response
 
     async def _report(
         self, device_id: str, request: federation_pb2.ReportStageRequest
@@ -257,6 +262,8 @@ class RpcServer:
     async def _submit(
         self, device_id: str, request: federation_pb2.SubmitUpdateRequest
     ) -> federation_pb2.SubmitUpdateResponse:
+        if request.update:
+            await self._parts.artifacts.accept(device_id, request.update_digest, request.update)
         answer = await self._parts.federation.submit(_submission(device_id, request), request.base_digest)
         return federation_pb2.SubmitUpdateResponse(status=_RECEIPTS[answer.status], reason=answer.reason)
 
@@ -308,19 +315,13 @@ def _submission(device_id: str, request: federation_pb2.SubmitUpdateRequest) -> 
     )
 
 
-def _task(task: Task) -> federation_pb2.FederatedTask:
-    return federation_pb2.FederatedTask(
-        run_id=task.run_id,
-        round=task.round,
-        attempt_id=task.attempt_id,
-        kind=_KINDS[task.kind],
-        plan_digest=task.plan_digest,
-        plan_bytes=task.plan_bytes,
-        tensors_digest=task.tensors_digest,
-        tensors_bytes=task.tensors_bytes,
-        deadline_unix_ns=int(task.deadline * 1e9),
-        remaining_seconds=max(0.0, task.deadline - time.time()),
-    )
+def _fill_task(message: federation_pb2.FederatedTask, task: Task) -> None:
+    message.run_id, message.round, message.attempt_id = task.run_id, task.round, task.attempt_id
+    message.kind = _KINDS[task.kind]
+    message.plan_digest, message.plan_bytes = task.plan_digest, task.plan_bytes
+    message.tensors_digest, message.tensors_bytes = task.tensors_digest, task.tensors_bytes
+    message.deadline_unix_ns = int(task.deadline * 1e9)
+    message.remaining_seconds = max(0.0, task.deadline - time.time())
 
 
 def _service(name: str, methods: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> grpc.GenericRpcHandler:

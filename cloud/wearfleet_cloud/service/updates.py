@@ -1,8 +1,12 @@
 """Updates that devices upload: private to their device, checked before they count, thrown away after the round."""
 
 import asyncio
+import secrets
 import shutil
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +15,7 @@ from numpy.typing import NDArray
 from wearfleet_protos.errors import ConflictError, DeniedError, IntegrityError, NotFoundError
 from wearfleet_protos.tensors import Digest, TensorSpec, check_finite, decode_tensors, digest_of
 
-from wearfleet_cloud.storage.blobs import Upload
+from wearfleet_cloud.storage.blobs import Upload, write_over
 
 __all__ = ["SMALL_BYTES", "UpdateStore"]
 
@@ -21,6 +25,7 @@ SMALL_BYTES: Final = 512 * 1024
 """Work on fewer bytes is done at once; handing it to a thread would take longer."""
 
 _MOST_UNFINISHED: Final = 2
+_MOST_SPARE: Final = 256
 _CACHE_BYTES: Final = 512 * 1024 * 1024
 
 
@@ -35,6 +40,8 @@ class UpdateStore:
     def __init__(self, root: Path, max_bytes: int) -> None:
         self._root, self._max_bytes = root, max_bytes
         self._round = root
+        self._spare: deque[Path] = deque()
+        self._arrived: dict[tuple[str, Digest], bytes] = {}
         self._cache: dict[tuple[str, Digest], Tensors] = {}
         self._cached_bytes = 0
 
@@ -42,13 +49,17 @@ class UpdateStore:
         """Work on the round with this name from now on; "" means that there is none."""
         self._round = self._root / (tag or "none")
         self._round.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._cache = {}
+        self._spare, self._arrived, self._cache = deque(), {}, {}
         self._cached_bytes = 0
 
     def sweep(self) -> None:
-        """Delete the uploads of every other round; slow, call it in a thread."""
+        """Delete the uploads of every other round, but keep some files to write over; slow, call it in a thread."""
+        current, spare = self._round, self._spare
         for folder in self._root.iterdir():
-            if folder != self._round:
+            if folder != current:
+                with suppress(FileNotFoundError):  # swept by another call meanwhile
+                    for file in islice(folder.iterdir(), _MOST_SPARE):
+                        spare.append(file.replace(current / f"spare-{secrets.token_hex(8)}"))
                 shutil.rmtree(folder, ignore_errors=True)
 
     def has(self, device_id: str, digest: Digest) -> bool:
@@ -61,6 +72,9 @@ class UpdateStore:
         Raises:
             NotFoundError: it is not there.
         """
+        arrived = self._arrived.get((device_id, digest))
+        if arrived is not None:
+            return len(arrived)
         try:
             return self._file(device_id, digest).stat().st_size
         except FileNotFoundError as error:
@@ -94,10 +108,31 @@ class UpdateStore:
         others.sort(key=lambda path: path.stat().st_mtime_ns)
         for old in others[: max(0, len(others) - _MOST_UNFINISHED + 1)]:
             old.unlink(missing_ok=True)
-        return Upload(part, self._file(device_id, digest), digest, size_bytes)
+        return Upload(part, self._file(device_id, digest), digest, size_bytes, self._take_spare())
 
-    async def check(self, device_id: str, digest: Digest, specs: Sequence[TensorSpec]) -> None:
-        """Check an update before it counts.
+    def put(self, device_id: str, digest: Digest, data: bytes) -> None:
+        """Store an update that came in one piece.
+
+        Raises:
+            IntegrityError: the bytes do not match the digest.
+            DeniedError: too large.
+        """
+        if len(data) > self._max_bytes:
+            raise DeniedError(f"an update may have 1 to {self._max_bytes} bytes, got {len(data)}")
+        if (found := digest_of(data)) != digest:
+            raise IntegrityError(f"the update hashes to {found}, announced was {digest}; send it again")
+        file = write_over(self._take_spare(), self._part(device_id, digest), data)
+        file.replace(self._file(device_id, digest))
+        self.keep(device_id, digest, data)
+
+    def keep(self, device_id: str, digest: Digest, data: bytes | None) -> None:
+        """Keep a complete upload in memory until :meth:`check` wants it, when there is room."""
+        if data is not None and self._cached_bytes + len(data) <= _CACHE_BYTES:
+            self._arrived[device_id, digest] = data
+            self._cached_bytes += len(data)
+
+    async def check(self, device_id: str, digest: Digest, specs: Sequence[TensorSpec]) -> int:
+        """Check an update before it counts; its bytes.
 
         Raises:
             NotFoundError: it was not uploaded.
@@ -109,9 +144,11 @@ class UpdateStore:
             tensors = self._decode(device_id, digest, specs)
         else:
             tensors = await asyncio.to_thread(self._decode, device_id, digest, specs)
-        if self._cached_bytes + size <= _CACHE_BYTES:
+        counted = self._arrived.pop((device_id, digest), None) is not None
+        if counted or self._cached_bytes + size <= _CACHE_BYTES:
             self._cache[device_id, digest] = tensors
-            self._cached_bytes += size
+            self._cached_bytes += 0 if counted else size
+        return size
 
     def load(self, device_id: str, digest: Digest, specs: Sequence[TensorSpec]) -> Tensors:
         """The tensors of an update; from memory when there was room for them.
@@ -133,9 +170,16 @@ class UpdateStore:
 
     def _decode(self, device_id: str, digest: Digest, specs: Sequence[TensorSpec]) -> Tensors:
         """Decode and check bytes whose digest was checked as they came."""
-        tensors = decode_tensors(self._file(device_id, digest).read_bytes(), specs)
+        data = self._arrived.get((device_id, digest)) or self._file(device_id, digest).read_bytes()
+        tensors = decode_tensors(data, specs)
         check_finite(tensors)
         return tensors
+
+    def _take_spare(self) -> Path | None:
+        try:
+            return self._spare.popleft()
+        except IndexError:
+            return None
 
     def _file(self, device_id: str, digest: Digest) -> Path:
         return self._round / f"{device_id}.{digest.removeprefix('sha256:')}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+from wearfleet_protos.chunks import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from wearfleet_edge.identity import Enrolment
 
 __all__ = [
+    "INLINE_BYTES",
     "Cloud",
     "Desired",
     "Enrolled",
@@ -26,6 +29,9 @@ __all__ = [
     "Submission",
     "Task",
 ]
+
+INLINE_BYTES: Final = CHUNK_BYTES
+"""Artifacts up to this size may travel inside a task or a submission: two calls a round instead of four."""
 
 
 class Stage(Enum):
@@ -47,7 +53,10 @@ class ReceiptStatus(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Work of one federated round; ``personalise`` keeps the result on the device."""
+    """Work of one federated round; ``personalise`` keeps the result on the device.
+
+    ``tensors`` are the bytes of ``tensors_digest``, not checked yet, when they came with the task; otherwise empty.
+    """
 
     run_id: str
     round_number: int
@@ -58,6 +67,7 @@ class Task:
     tensors_digest: Digest
     tensors_bytes: int
     remaining_seconds: float
+    tensors: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +156,17 @@ class Cloud(Protocol):
     def report_stage(self, task: Task, stage: Stage) -> bool:
         """Tell how far a task is; False when the round is over."""
 
-    def submit(self, submission: Submission) -> Receipt:
-        """Hand in a result; safe to repeat."""
+    def submit(self, submission: Submission, update: bytes = b"") -> Receipt:
+        """Hand in a result; safe to repeat. An update of up to ``INLINE_BYTES`` may travel along instead of an upload."""
 
     def decline(self, task: Task, reason: str) -> None:
         """Turn a task down."""
 
     def download(self, digest: Digest, partial: Path, max_bytes: int) -> None:
         """Append to ``partial`` what it lacks of an artifact; at most ``max_bytes`` in all."""
+
+    def receive(self, digest: Digest, parts: list[bytes], max_bytes: int) -> None:
+        """Append to ``parts`` what they lack of an artifact; at most ``max_bytes`` in all."""
 
     def upload(self, digest: Digest, data: bytes) -> None:
         """Store an artifact, from where an earlier upload stopped."""

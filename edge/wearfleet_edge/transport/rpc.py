@@ -32,6 +32,7 @@ from wearfleet_protos.v1 import (
 
 from wearfleet_edge.identity import Broker, Enrolment
 from wearfleet_edge.transport.cloud import (
+    INLINE_BYTES,
     Desired,
     Enrolled,
     HeartbeatReply,
@@ -111,6 +112,7 @@ class RpcCloud:
     def __init__(self, address: str, credentials: Callable[[], grpc.ChannelCredentials]) -> None:
         self._address = address
         self._credentials = credentials
+        self._inline_bytes = INLINE_BYTES
         self._open()
 
     @classmethod
@@ -160,10 +162,17 @@ class RpcCloud:
         )
 
     def poll_task(self, wait_s: float, manifest_digest: str) -> PollReply:
-        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
-        request = federation_pb2.PollTaskRequest(wait_seconds=wait_s, manifest_digest=manifest_digest)
-        timeout = wait_s + _CALL_SECONDS
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`.
+
+        After a failure the next task comes without its tensors: a bad network gets them as a resumable download.
+        """
+        request = federation_pb2.PollTaskRequest(
+            wait_seconds=wait_s, manifest_digest=manifest_digest, max_inline_bytes=self._inline_bytes
+        )
+        timeout = wait_s + _transfer_seconds(self._inline_bytes)
+        self._inline_bytes = 0
         reply = self._call("poll for a task", lambda: self._federation.PollTask(request, timeout=timeout))
+        self._inline_bytes = INLINE_BYTES
         task = _task_from_pb(reply.task) if reply.HasField("task") else None
         return PollReply(task, reply.retry_after_seconds)
 
@@ -177,7 +186,7 @@ class RpcCloud:
         )
         return bool(reply.wanted)
 
-    def submit(self, submission: Submission) -> Receipt:
+    def submit(self, submission: Submission, update: bytes = b"") -> Receipt:
         """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
         request = federation_pb2.SubmitUpdateRequest(
             run_id=submission.run_id,
@@ -190,9 +199,11 @@ class RpcCloud:
             metrics=submission.metrics,
             train_seconds=submission.train_seconds,
             local_state_reset=submission.local_state_reset,
+            update=update,
         )
+        timeout = _CALL_SECONDS + len(update) / _SLOWEST_BYTES_PER_SECOND
         reply = self._call(
-            "submit an update", lambda: self._federation.SubmitUpdate(request, timeout=_CALL_SECONDS)
+            "submit an update", lambda: self._federation.SubmitUpdate(request, timeout=timeout)
         )
         status = _RECEIPTS.get(reply.status)
         if status is None:
@@ -209,32 +220,46 @@ class RpcCloud:
     def download(self, digest: Digest, partial: Path, max_bytes: int) -> None:
         """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
         with partial.open("ab") as file:
-            offset = file.tell()
-            request = artifact_pb2.DownloadArtifactRequest(digest=digest, offset=offset)
-            timeout = _transfer_seconds(max_bytes - offset)
+            self._receive(digest, file.tell(), max_bytes, file.write)
+            file.flush()
+            os.fsync(file.fileno())
 
-            def receive() -> None:
-                at = offset
-                for message in self._artifacts.DownloadArtifact(request, timeout=timeout):
-                    at = _write_chunk(file.write, message.chunk, at, max_bytes)
-                file.flush()
-                os.fsync(file.fileno())
+    def receive(self, digest: Digest, parts: list[bytes], max_bytes: int) -> None:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+        self._receive(digest, sum(map(len, parts)), max_bytes, parts.append)
 
-            self._call(f"download {digest}", receive)
+    def _receive(self, digest: Digest, offset: int, max_bytes: int, write: Callable[[bytes], object]) -> None:
+        request = artifact_pb2.DownloadArtifactRequest(digest=digest, offset=offset)
+        timeout = _transfer_seconds(max_bytes - offset)
+
+        def work() -> None:
+            at = offset
+            for message in self._artifacts.DownloadArtifact(request, timeout=timeout):
+                at = _write_chunk(write, message.chunk, at, max_bytes)
+
+        self._call(f"download {digest}", work)
 
     def upload(self, digest: Digest, data: bytes) -> None:
-        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
-        stat = artifact_pb2.StatArtifactRequest(digest=digest)
-        found = self._call(
-            "ask for an upload", lambda: self._artifacts.StatArtifact(stat, timeout=_CALL_SECONDS)
-        )
-        if found.complete:
-            return
-        if found.committed_offset > len(data):
-            raise ProtocolError(
-                f"the service holds {found.committed_offset} of {len(data)} bytes of {digest}"
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`.
+
+        Nearly always nothing was sent before, so it begins at once, and asks only when the service disagrees.
+        """
+        try:
+            self._send(digest, data, 0)
+        except ConflictError:
+            stat = artifact_pb2.StatArtifactRequest(digest=digest)
+            found = self._call(
+                "ask for an upload", lambda: self._artifacts.StatArtifact(stat, timeout=_CALL_SECONDS)
             )
-        messages = _upload_messages(digest, data, found.committed_offset)
+            if found.committed_offset > len(data):
+                raise ProtocolError(
+                    f"the service holds {found.committed_offset} of {len(data)} bytes of {digest}"
+                ) from None
+            if not found.complete:
+                self._send(digest, data, found.committed_offset)
+
+    def _send(self, digest: Digest, data: bytes, offset: int) -> None:
+        messages = _upload_messages(digest, data, offset)
         timeout = _transfer_seconds(len(data))
         reply = self._call(
             f"upload {digest}", lambda: self._artifacts.UploadArtifact(messages, timeout=timeout)
@@ -296,6 +321,7 @@ _REFUSALS: Final[dict[grpc.StatusCode, type[WearfleetError]]] = {
     grpc.StatusCode.UNAUTHENTICATED: DeniedError,
     grpc.StatusCode.PERMISSION_DENIED: DeniedError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.ABORTED: ConflictError,
     grpc.StatusCode.FAILED_PRECONDITION: ConflictError,
     grpc.StatusCode.ALREADY_EXISTS: ConflictError,
     grpc.StatusCode.INVALID_ARGUMENT: ProtocolError,
@@ -354,8 +380,10 @@ def _upload_messages(
     yield artifact_pb2.UploadArtifactRequest(start=start)
     for at in range(offset, len(data), CHUNK_BYTES):
         part = data[at : at + CHUNK_BYTES]
-        chunk = artifact_pb2.Chunk(offset=at, data=part, crc32c=crc32c(part))
-        yield artifact_pb2.UploadArtifactRequest(chunk=chunk)
+        request = artifact_pb2.UploadArtifactRequest()
+        chunk = request.chunk  # filled in place: the bytes are copied once
+        chunk.offset, chunk.data, chunk.crc32c = at, part, crc32c(part)
+        yield request
 
 
 def _task_from_pb(task: federation_pb2.FederatedTask) -> Task:
@@ -372,4 +400,5 @@ def _task_from_pb(task: federation_pb2.FederatedTask) -> Task:
         tensors_digest=parse_digest(task.tensors_digest),
         tensors_bytes=task.tensors_bytes,
         remaining_seconds=task.remaining_seconds,
+        tensors=task.tensors,
     )

@@ -102,6 +102,7 @@ class FederatedTask(google.protobuf.message.Message):
     TENSORS_BYTES_FIELD_NUMBER: builtins.int
     DEADLINE_UNIX_NS_FIELD_NUMBER: builtins.int
     REMAINING_SECONDS_FIELD_NUMBER: builtins.int
+    TENSORS_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     round: builtins.int
     """From 1."""
@@ -118,6 +119,8 @@ class FederatedTask(google.protobuf.message.Message):
     """Server time until which submissions count."""
     remaining_seconds: builtins.float
     """Seconds left at the time of the answer, for devices with a bad clock."""
+    tensors: builtins.bytes
+    """The artifact tensors_digest itself when it is small enough for max_inline_bytes; otherwise empty."""
     def __init__(
         self,
         *,
@@ -131,8 +134,9 @@ class FederatedTask(google.protobuf.message.Message):
         tensors_bytes: builtins.int = ...,
         deadline_unix_ns: builtins.int = ...,
         remaining_seconds: builtins.float = ...,
+        tensors: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "deadline_unix_ns", b"deadline_unix_ns", "kind", b"kind", "plan_bytes", b"plan_bytes", "plan_digest", b"plan_digest", "remaining_seconds", b"remaining_seconds", "round", b"round", "run_id", b"run_id", "tensors_bytes", b"tensors_bytes", "tensors_digest", b"tensors_digest"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "deadline_unix_ns", b"deadline_unix_ns", "kind", b"kind", "plan_bytes", b"plan_bytes", "plan_digest", b"plan_digest", "remaining_seconds", b"remaining_seconds", "round", b"round", "run_id", b"run_id", "tensors", b"tensors", "tensors_bytes", b"tensors_bytes", "tensors_digest", b"tensors_digest"]) -> None: ...
 
 Global___FederatedTask: typing_extensions.TypeAlias = FederatedTask
 
@@ -142,17 +146,21 @@ class PollTaskRequest(google.protobuf.message.Message):
 
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: builtins.int
+    MAX_INLINE_BYTES_FIELD_NUMBER: builtins.int
     wait_seconds: builtins.float
     """The server answers at the latest after this time, 60 at most."""
     manifest_digest: builtins.str
     """Digest of the model manifest in use; empty when none."""
+    max_inline_bytes: builtins.int
+    """The answer may carry tensors of so many bytes, 1 MiB at most; 0 when the device downloads them."""
     def __init__(
         self,
         *,
         wait_seconds: builtins.float = ...,
         manifest_digest: builtins.str = ...,
+        max_inline_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["manifest_digest", b"manifest_digest", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["manifest_digest", b"manifest_digest", "max_inline_bytes", b"max_inline_bytes", "wait_seconds", b"wait_seconds"]) -> None: ...
 
 Global___PollTaskRequest: typing_extensions.TypeAlias = PollTaskRequest
 
@@ -249,6 +257,7 @@ class SubmitUpdateRequest(google.protobuf.message.Message):
     METRICS_FIELD_NUMBER: builtins.int
     TRAIN_SECONDS_FIELD_NUMBER: builtins.int
     LOCAL_STATE_RESET_FIELD_NUMBER: builtins.int
+    UPDATE_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     round: builtins.int
     attempt_id: builtins.str
@@ -264,6 +273,8 @@ class SubmitUpdateRequest(google.protobuf.message.Message):
     """Seconds of computation on the device."""
     local_state_reset: builtins.bool
     """True when local tensors were lost and the downloaded ones were used."""
+    update: builtins.bytes
+    """The artifact update_digest itself, 1 MiB at most; empty when it was uploaded before."""
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """"phase/metric" to value, 256 at most."""
@@ -281,8 +292,9 @@ class SubmitUpdateRequest(google.protobuf.message.Message):
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         train_seconds: builtins.float = ...,
         local_state_reset: builtins.bool = ...,
+        update: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "base_digest", b"base_digest", "local_state_reset", b"local_state_reset", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "round", b"round", "run_id", b"run_id", "train_seconds", b"train_seconds", "update_digest", b"update_digest"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "base_digest", b"base_digest", "local_state_reset", b"local_state_reset", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "round", b"round", "run_id", b"run_id", "train_seconds", b"train_seconds", "update", b"update", "update_digest", b"update_digest"]) -> None: ...
 
 Global___SubmitUpdateRequest: typing_extensions.TypeAlias = SubmitUpdateRequest
 
