@@ -32,6 +32,7 @@ from wearfleet_cloud.data.scenarios import person_groups
 from wearfleet_cloud.demo_processes import CommandError, Processes
 from wearfleet_cloud.demo_results import Stream, read_streams
 from wearfleet_cloud.report import PersonReport, render_report
+from wearfleet_cloud.service.broker import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,11 +79,10 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         The content of ``summary.json``.
 
     Raises:
-        ConfigError: the data set has too few people, or does not say who they are.
+        ConfigError: the data set has too few people, or does not say who they are; or the page's port is in use.
         CommandError: one of the processes failed.
         DataError: the data root is wrong.
     """
-    _clear(settings.out)
     processes = Processes(settings.out / "logs")
     try:
         return _Demo(settings, console, processes).run()
@@ -118,6 +118,8 @@ class _Demo:
                 dataset, settings.data_root, default_cache_dir(), lambda _what, done, total: show(done, total)
             )
         people = _unseen_people(prepared)
+        free_port("127.0.0.1", settings.web_port, "--web-port")
+        _clear(settings.out)  # not earlier: what cannot begin leaves the former results alone
         with self._timed("train"):
             results = self._train(people)
         selected = max(ALGORITHMS, key=lambda name: float(results[name]["source_validation_accuracy"]))

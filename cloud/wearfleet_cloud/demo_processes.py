@@ -32,13 +32,13 @@ class Processes:
     """
 
     def __init__(self, log_dir: Path) -> None:
-        log_dir.mkdir(parents=True, exist_ok=True)
         self._log_dir = log_dir
         self._running: dict[str, subprocess.Popen[str]] = {}
         self._files: list[IO[str]] = []
 
     def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[str]:
         """Start ``wearfleet-cloud ...`` or ``wearfleet-edge ...`` in the background, one core at most."""
+        self._log_dir.mkdir(parents=True, exist_ok=True)
         log = (self._log_dir / f"{name}.log").open("w")
         self._files.append(log)
         process = subprocess.Popen(  # noqa: S603 - our own programs
