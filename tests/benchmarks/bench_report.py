@@ -6,14 +6,18 @@ import csv
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -66,6 +70,26 @@ def print_table(rows: Iterable[Row]) -> None:
         print(f"{entry.case:14} {entry.provider:26} {entry.metric:24} {numbers} {entry.unit}")
 
 
+class Children:
+    """Processes that are ended with the block."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def start(self, *command: object, stderr: int | None = None) -> subprocess.Popen[str]:
+        """A child with pipes for its input and output."""
+        child = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=ENVIRONMENT,
+        )  # fmt: skip
+        self._stack.callback(_end, child)
+        return child
+
+    def close(self) -> None:
+        """End them, the last one first."""
+        self._stack.close()
+
+
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -86,3 +110,29 @@ def reset_peak(pid: int) -> None:
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def ask(child: subprocess.Popen[str], order: str, answers: int) -> list[str]:
+    """Write an order to a child and read so many lines."""
+    assert child.stdin is not None
+    child.stdin.write(order + "\n")
+    child.stdin.flush()
+    return [line(child.stdout) for _ in range(answers)]
+
+
+def line(stream: IO[str] | None) -> str:
+    """The next line of a child; ends the benchmark when there is none."""
+    assert stream is not None
+    text = stream.readline()
+    if not text:
+        sys.exit("a process of the benchmark ended early")
+    return text.strip()
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    child.terminate()
+    try:
+        child.wait(20)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()

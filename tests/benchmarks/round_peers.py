@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench_report import cpu_seconds, peak_mib, reset_peak  # noqa: E402
+from bench_report import Children, ask, cpu_seconds, line, peak_mib, reset_peak  # noqa: E402
 from service_harness import begin_run, enrolment_ticket, service_settings  # noqa: E402
 from wearfleet_cloud.config import Settings  # noqa: E402
 from wearfleet_cloud.service.state import open_state  # noqa: E402
@@ -24,7 +21,6 @@ from wearfleet_cloud.storage.run_records import find_run, list_rounds  # noqa: E
 from wearfleet_edge.enrolment import enrol_device  # noqa: E402
 from wearfleet_edge.state import StateDirectory  # noqa: E402
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 BLOCK_S = 120.0
 
 
@@ -41,26 +37,6 @@ class Case:
         return f"{self.clients} x {self.values}"
 
 
-class Children:
-    """Processes that are ended with the block."""
-
-    def __init__(self) -> None:
-        self._stack = ExitStack()
-
-    def start(self, *command: object, stderr: int | None = None) -> subprocess.Popen[str]:
-        """A child with pipes for its input and output."""
-        child = subprocess.Popen(
-            [str(word) for word in command],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=ENVIRONMENT,
-        )  # fmt: skip
-        self._stack.callback(_end, child)
-        return child
-
-    def close(self) -> None:
-        """End them, the last one first."""
-        self._stack.close()
-
-
 class Wearfleet:
     """Our whole service as ``wearfleet-cloud serve`` starts it, and enrolled devices, all idle until a run starts."""
 
@@ -72,7 +48,7 @@ class Wearfleet:
             word for name in ("--port", "--enrol-port", "--web-port", "--broker-port") for word in (name, "0")
         ]
         self._service = self._children.start(*command, *ports, "--json", stderr=subprocess.DEVNULL)
-        ready = json.loads(_line(self._service.stdout))
+        ready = json.loads(line(self._service.stdout))
         for number in range(case.clients):
             ticket = enrolment_ticket(
                 self._settings, f"{ready['host']}:{ready['enrol_port']}", f"device{number}"
@@ -104,7 +80,7 @@ class Wearfleet:
         reset_peak(self._service.pid)
 
     def block(self, rounds: int) -> list[float]:
-        """A run of ``1 + rounds`` rounds: seconds from open to published, by the server's records, without the first."""
+        """Seconds from open to published, by the server's records, of a run's rounds without the first one."""
         cpu = self._cpu()
         run_id = begin_run(
             self._settings,
@@ -153,7 +129,7 @@ class Wearfleet:
         first: dict[int, float] = defaultdict(lambda: float("inf"))
         for device in self._devices:
             for _ in range(1 + rounds):
-                said = json.loads(_line(device.stdout))
+                said = json.loads(line(device.stdout))
                 first[said["round"]] = min(first[said["round"]], said["at"])
         return [first[number + 1] - first[number] for number in range(2, 1 + rounds)]
 
@@ -170,11 +146,11 @@ class Flower:
 
     def wait_ready(self) -> None:
         """Every client is connected."""
-        assert _line(self._server.stdout) == "ready"
+        assert line(self._server.stdout) == "ready"
 
     def block(self, rounds: int) -> list[float]:
         """Seconds of all rounds but the first."""
-        return [float(text) for text in _ask(self._server, "go", 1 + rounds)][1:]
+        return [float(text) for text in ask(self._server, "go", 1 + rounds)][1:]
 
     def peak_mib(self) -> float:
         """Largest resident memory of the server."""
@@ -194,7 +170,7 @@ class Raw:
         self._server = self._children.start(
             sys.executable, HERE / "raw_stream.py", "serve", size, case.clients, ours.server_files
         )
-        ports = json.loads(_line(self._server.stdout))
+        ports = json.loads(line(self._server.stdout))
         for number in range(case.clients):
             self._children.start(
                 sys.executable, HERE / "raw_stream.py", "client", size,
@@ -203,36 +179,12 @@ class Raw:
 
     def wait_ready(self) -> None:
         """Every client is connected."""
-        assert _line(self._server.stdout) == "ready"
+        assert line(self._server.stdout) == "ready"
 
     def block(self, kind: str, rounds: int) -> list[float]:
         """Seconds of all rounds but the first."""
-        return [float(_ask(self._server, kind, 1)[0]) for _ in range(1 + rounds)][1:]
+        return [float(ask(self._server, kind, 1)[0]) for _ in range(1 + rounds)][1:]
 
     def close(self) -> None:
         """End the server and its clients."""
         self._children.close()
-
-
-def _ask(child: subprocess.Popen[str], line: str, answers: int) -> list[str]:
-    assert child.stdin is not None
-    child.stdin.write(line + "\n")
-    child.stdin.flush()
-    return [_line(child.stdout) for _ in range(answers)]
-
-
-def _line(stream: IO[str] | None) -> str:
-    assert stream is not None
-    line = stream.readline()
-    if not line:
-        sys.exit("a process of the benchmark ended early")
-    return line.strip()
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    child.terminate()
-    try:
-        child.wait(20)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()

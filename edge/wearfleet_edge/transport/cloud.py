@@ -157,7 +157,7 @@ class Cloud(Protocol):
         """Tell how far a task is; False when the round is over."""
 
     def submit(self, submission: Submission, update: bytes = b"") -> Receipt:
-        """Hand in a result; safe to repeat. An update of up to ``INLINE_BYTES`` may travel along instead of an upload."""
+        """Hand in a result; safe to repeat. An update of up to ``INLINE_BYTES`` may travel along, not uploaded."""
 
     def decline(self, task: Task, reason: str) -> None:
         """Turn a task down."""
