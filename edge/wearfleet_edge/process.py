@@ -26,6 +26,8 @@ _ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),  # tensors from the heap: not mapped and unmapped for each use
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),  # release_memory() gives the heap back after a task
     "GRPC_ENABLE_FORK_SUPPORT": "0",
 }
 

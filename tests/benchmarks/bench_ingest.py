@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_ingest.py [--devices 4] [--windows 5000] [--blocks 3] [--out FILE.csv]
 
 Ours is the whole service as ``wearfleet-cloud serve`` starts it, with its own Mosquitto; the bare subscriber has
-another Mosquitto with the same configuration. Both take turns. Each publisher is a process that replays encoded messages. The
+another Mosquitto with the same configuration. Both take turns. Each publisher is a process of its own. The
 rate counts from the release of the publishers until everything is in SQLite (ours) or was counted (bare). Every message
 must be there once.
 """

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -76,11 +76,13 @@ class Children:
     def __init__(self) -> None:
         self._stack = ExitStack()
 
-    def start(self, *command: object, stderr: int | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, *command: object, stderr: int | None = None, environment: Mapping[str, str] = {}
+    ) -> subprocess.Popen[str]:
         """A child with pipes for its input and output."""
         child = subprocess.Popen(
             [str(word) for word in command],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=ENVIRONMENT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=ENVIRONMENT | environment,
         )  # fmt: skip
         self._stack.callback(_end, child)
         return child

@@ -19,6 +19,7 @@ from wearfleet_cloud.config import Settings  # noqa: E402
 from wearfleet_cloud.service.state import open_state  # noqa: E402
 from wearfleet_cloud.storage.run_records import find_run, list_rounds  # noqa: E402
 from wearfleet_edge.enrolment import enrol_device  # noqa: E402
+from wearfleet_edge.process import _ENVIRONMENT as AGENT_ENVIRONMENT  # noqa: E402
 from wearfleet_edge.state import StateDirectory  # noqa: E402
 
 BLOCK_S = 120.0
@@ -54,10 +55,7 @@ class Wearfleet:
                 self._settings, f"{ready['host']}:{ready['enrol_port']}", f"device{number}"
             )
             enrol_device(StateDirectory(self.device(number)), ticket.encode())
-        self._devices = [
-            self._children.start(sys.executable, HERE / "echo_device.py", self.device(number), number + 1)
-            for number in range(case.clients)
-        ]
+        self._devices = [self._start_device(number) for number in range(case.clients)]
         self.client_seconds: list[float] = []
         self.server_cpu: list[float] = []
         self.clients_cpu: list[float] = []
@@ -70,6 +68,10 @@ class Wearfleet:
     def server_files(self) -> Path:
         """Folder with certificate and key of the service."""
         return self._folder / "state" / "keys"
+
+    def _start_device(self, number: int) -> subprocess.Popen[str]:
+        command = (sys.executable, "-OO", HERE / "echo_device.py", self.device(number), number + 1)
+        return self._children.start(*command, environment=AGENT_ENVIRONMENT)
 
     def peak_mib(self) -> float:
         """Largest resident memory of the service."""

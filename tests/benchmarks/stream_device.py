@@ -1,7 +1,7 @@
 """A device that publishes windows and predictions as fast as the broker takes them; started by ``bench_ingest.py``.
 
 Arguments: state folder, port of the broker, kinds joined by "+" (window, prediction), number of each. Messages are
-encoded before the clock starts. Reads a line to begin; prints the seconds until the broker has acknowledged every message.
+encoded before the clock starts. Reads a line to begin; prints the seconds until every message was acknowledged.
 """
 
 from __future__ import annotations

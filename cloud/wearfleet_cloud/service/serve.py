@@ -23,6 +23,7 @@ from wearfleet_cloud.service.handlers import Artifacts, Fleet
 from wearfleet_cloud.service.ingest import Ingest
 from wearfleet_cloud.service.live import LiveState
 from wearfleet_cloud.service.live_feed import LiveFeed, read_past
+from wearfleet_cloud.service.memory import freeze_startup, keep_freed_memory
 from wearfleet_cloud.service.metrics import Metrics
 from wearfleet_cloud.service.rpc import RpcParts, RpcServer
 from wearfleet_cloud.service.rpc_guard import Guard
@@ -197,6 +198,7 @@ async def serve(settings: Settings, on_ready: Callable[[RunningService], None]) 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    keep_freed_memory()
     service = Service(settings)
     starting = asyncio.create_task(service.start())
     stopping = asyncio.create_task(stop.wait())
@@ -206,6 +208,8 @@ async def serve(settings: Settings, on_ready: Callable[[RunningService], None]) 
         with contextlib.suppress(asyncio.CancelledError):
             await starting
         return
-    on_ready(await starting)
+    running = await starting
+    freeze_startup()
+    on_ready(running)
     await stopping
     await service.stop()
