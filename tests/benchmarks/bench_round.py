@@ -81,7 +81,7 @@ def _rows(case: Case, seconds: dict[str, list[float]], ours: Wearfleet, flower: 
     rows.append(entry("wearfleet", "clients' CPU a round", "ms", [1e3 * value for value in ours.clients_cpu]))
     rows.append(entry("wearfleet", "server peak memory", "MiB", [ours.peak_mib()]))
     if flower is not None:
-        rows.append(entry("flower 1.41", "server peak memory", "MiB", [flower.peak_mib()]))
+        rows.append(entry("flower 1.41", "server peak memory", "MiB", [flower.peak_mib]))
         rows.append(
             entry("wearfleet", "times faster than Flower", "x", [median["flower 1.41"] / median["wearfleet"]])
         )

@@ -141,6 +141,7 @@ class Flower:
 
     def __init__(self, case: Case, python: Path, rounds: int, blocks: int, port: int) -> None:
         self._children = Children()
+        self.peak_mib = 0.0
         self._server = self._children.start(
             python, HERE / "flower_echo.py", "--clients", case.clients, "--parameters", case.values,
             "--rounds", (1 + rounds) * blocks, "--block", 1 + rounds, "--port", port, stderr=subprocess.DEVNULL,
@@ -152,11 +153,12 @@ class Flower:
 
     def block(self, rounds: int) -> list[float]:
         """Seconds of all rounds but the first."""
-        return [float(text) for text in ask(self._server, "go", 1 + rounds)][1:]
-
-    def peak_mib(self) -> float:
-        """Largest resident memory of the server."""
-        return peak_mib(self._server.pid)
+        ask(self._server, "go", 0)
+        seconds = []
+        for _ in range(rounds):
+            seconds.append(float(line(self._server.stdout)))
+            self.peak_mib = peak_mib(self._server.pid)
+        return [*seconds, float(line(self._server.stdout))][1:]  # after its last round the server ends
 
     def close(self) -> None:
         """End the server and its clients."""
