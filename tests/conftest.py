@@ -18,10 +18,13 @@ def _find(program: str) -> str | None:
     return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
 
+@pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run; with CI=true a missing part fails instead."""
+    """Skip what this machine cannot run; with CI=true a missing part fails instead. Integration tests are slow."""
     strict = os.environ.get("CI") == "true"
     for item in items:
+        if "integration" in item.path.parts:  # real brokers, servers and processes
+            item.add_marker(pytest.mark.slow)
         for marker, (program, install) in _NEEDS.items():
             if item.get_closest_marker(marker) and _find(program) is None and not strict:
                 item.add_marker(pytest.mark.skip(reason=f"{program} is not installed: {install}"))
