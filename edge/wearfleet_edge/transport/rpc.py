@@ -87,6 +87,7 @@ _OPTIONS: Final[list[tuple[str, Any]]] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.http2.max_frame_size", 1024 * 1024),
 ]
 _STAGES: Final = {
     Stage.FETCHED: federation_pb2.TASK_STAGE_FETCHED,
