@@ -60,7 +60,7 @@ def mount(
     live: LiveState,
     *,
     title: str = "wearfleet",
-    enrol_hint: str = "wearfleet-edge enrol --server HOST:PORT --code CODE",
+    enrol_hint: str = "wearfleet-edge enrol TICKET",
 ) -> None:
     """Put the live page on ``/`` and its JSON interface under ``/api/v1``.
 
