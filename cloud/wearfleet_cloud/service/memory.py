@@ -15,7 +15,7 @@ _MOST_KEPT: Final = 256 * 1024 * 1024
 def keep_freed_memory() -> bool:
     """Let the C library use freed megabytes again instead of giving each back to the system at once.
 
-    Otherwise every chunk of an upload is mapped, filled with zeros page by page and unmapped: a third of the processor
+    Otherwise every chunk of an upload is mapped, filled with zeros page by page and unmapped: a sixth of the processor
     time of a round with a million parameters. At most 256 MiB are kept.
 
     Returns:
