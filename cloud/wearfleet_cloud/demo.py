@@ -395,6 +395,7 @@ def _device_summary(device: str, subject: str, status: Mapping[str, Any], stream
         "inference_ms_p50": status["inference_ms_p50"],
         "inference_ms_p99": status["inference_ms_p99"],
         "rss_mb": status["rss_mb"],
+        "private_mb": status["private_mb"],
         "torch_imported": status["torch_imported"],
     }
 

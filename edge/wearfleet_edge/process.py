@@ -1,8 +1,7 @@
 """The agent as a process of its own: a lean interpreter without the command line's libraries.
 
 The command line replaces itself by ``python -m wearfleet_edge.process '{...}'`` with an environment that keeps the
-numerical libraries to one thread and the C library to one memory arena, and without docstrings: together some 15 MB
-of resident memory.
+numerical libraries to one thread and the C library to one memory arena.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class ProcessArguments:
 def become_agent(arguments: ProcessArguments) -> None:
     """Replace this process by the agent; the process id stays, so whoever started it can stop it."""
     environment = _ENVIRONMENT | dict(os.environ)
-    command = [sys.executable, "-OO", "-m", "wearfleet_edge.process", arguments.to_json()]
+    command = [sys.executable, "-m", "wearfleet_edge.process", arguments.to_json()]
     os.execve(sys.executable, command, environment)  # noqa: S606  no shell, fixed program
 
 

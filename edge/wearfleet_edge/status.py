@@ -10,7 +10,7 @@ from wearfleet_protos.codec import encode
 from wearfleet_protos.messages import Health
 from wearfleet_protos.topics import TopicKind
 
-from wearfleet_edge.memory import resident_bytes
+from wearfleet_edge.memory import private_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from wearfleet_edge.federated import Progress
@@ -70,6 +70,7 @@ def make_status(source: StatusSource, *, running: bool) -> dict[str, object]:
         "inference_ms_p50": round(stream.inference.quantile_us(0.50) / 1e3, 6),
         "inference_ms_p99": round(stream.inference.quantile_us(0.99) / 1e3, 6),
         "rss_mb": round(resident_bytes() / 1e6, 1),
+        "private_mb": round(private_bytes() / 1e6, 1),
         "torch_imported": "torch" in sys.modules,
         "model_digest": installed.manifest.digest if installed else "",
         "model_version": installed.manifest.version if installed else 0,

@@ -70,7 +70,7 @@ class Wearfleet:
         return self._folder / "state" / "keys"
 
     def _start_device(self, number: int) -> subprocess.Popen[str]:
-        command = (sys.executable, "-OO", HERE / "echo_device.py", self.device(number), number + 1)
+        command = (sys.executable, HERE / "echo_device.py", self.device(number), number + 1)
         return self._children.start(*command, environment=AGENT_ENVIRONMENT)
 
     def peak_mib(self) -> float:

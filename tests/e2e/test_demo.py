@@ -27,7 +27,7 @@ SUMMARY = {
 DEVICE = {
     "device": str, "subject": str, "accuracy_before": float, "accuracy_after": float, "windows_sent": int,
     "windows_ingested": int, "windows_lost": int, "windows_duplicated": int, "inference_ms_p50": float,
-    "inference_ms_p99": float, "rss_mb": float, "torch_imported": bool,
+    "inference_ms_p99": float, "rss_mb": float, "private_mb": float, "torch_imported": bool,
 }  # fmt: skip
 FEDERATED = {
     "strategy": str, "rounds": int, "bytes_down": int, "bytes_up": int, "round_seconds_median": float,
@@ -117,6 +117,7 @@ def assert_device(device: dict[str, Any], subject: str) -> None:
     assert device["windows_lost"] == device["windows_duplicated"] == 0
     assert device["torch_imported"] is False
     assert 0.0 < device["inference_ms_p50"] <= device["inference_ms_p99"]
+    assert 0.0 < device["private_mb"] < 60.0 < device["rss_mb"]
 
 
 def assert_report_opens(report: Path, summary: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def test_raw_windows_are_sent_only_when_the_wearer_allows(fleet):
     assert abs(sent - fleet.windows.x[7]).max() < 1e-3
 
 
-def test_an_agent_learns_while_it_streams(fleet):
+def test_an_agent_learns_while_it_streams_and_stays_small(fleet):
     fleet.offer(1, personalise=False)
     agent = fleet.start("run", "--recording", str(fleet.root / "anna.npz"), "--speed", "20")
     assert wait_until(lambda: len(fleet.cloud.submissions) == 1, 20)
@@ -147,6 +147,8 @@ def test_an_agent_learns_while_it_streams(fleet):
     assert status["accuracy_before"] is not None
     assert status["accuracy_after"] is not None
     assert status["windows_lost"] == status["outbox_depth"] == 0
+    assert 0 < status["private_mb"] < 60
+    assert status["private_mb"] < status["rss_mb"]
     assert wait_until(lambda: len(fleet.predictions) == status["windows_sent"])
     assert any(p.personalised for p in fleet.predictions)
     assert inspect_outbox(fleet.state.outbox).depth == 0

@@ -82,7 +82,7 @@ def test_run_becomes_the_agent_with_its_options(tmp_path, monkeypatch):
     ((path, command, environment),) = seen
     arguments = json.loads(command[-1])
     assert path == sys.executable
-    assert command[1:4] == ["-OO", "-m", "wearfleet_edge.process"]
+    assert command[1:3] == ["-m", "wearfleet_edge.process"]
     assert arguments["speed"] == 5.0
     assert arguments["repeat"] is True
     assert arguments["once"] is False
