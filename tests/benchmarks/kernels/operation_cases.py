@@ -33,8 +33,8 @@ class Case:
         operations: (sizes) -> floating-point operations of each part.
         bound_by: what limits the operation at its large shapes.
         naive: another slow way, shown beside the others on a CPU, such as per-sample gradients by autograd.
-        relative: largest error against float64, relative to the largest value of the result, by dtype. A row whose error is
-            larger is reported without a time.
+        relative: largest error against float64, relative to the largest value of the result, by dtype. A row whose
+            error is larger is reported without a time.
         no_backward: the operation has no gradient.
         memory_limit: leave out competitors whose own memory would exceed it: (sizes) -> bytes of the eager form.
     """
