@@ -107,26 +107,12 @@ class Agent:
         )
         self._backoff = Backoff(0.5, 60.0, SystemRandom().random)
         self._wearer = _load_wearer(config)
-        self._outbox = Outbox(
-            state.outbox,
-            boot=boot,
-            clock_ns=time.time_ns,
-            max_messages=config.outbox.max_messages,
-            max_bytes=config.outbox.max_bytes,
-        )
+        self._outbox = self._make_outbox(boot)
         self._active = ActiveModel()
         self._local = LocalState(state)
         self._cloud = RpcCloud.of_device(state, enrolment)
         self._scores = Scores(self._active, self._wearer)
-        self._streamer = Streamer(
-            wearer=self._wearer,
-            active=self._active,
-            outbox=self._outbox,
-            headers=self._headers,
-            policy=sharing_policy(config.policy),
-            sensor=config.sensor,
-            wait=self._stop.wait,
-        )
+        self._streamer = self._make_streamer()
         self._link = self._make_link(enrolment)
         self._slots = Slots(state.models, enrolment.signing_keys)
         self._updater = Updater(self._artifacts("models"), self._slots, self._active, enrolment.signing_keys)
@@ -138,14 +124,7 @@ class Agent:
             wall_ns=time.time_ns,
         )
         self._plan_artifacts = self._artifacts("plans")
-        self._worker = FederatedWorker(
-            cloud=self._cloud,
-            artifacts=self._plan_artifacts,
-            local=self._local,
-            active=self._active,
-            device=self._make_device(enrolment),
-            backoff=self._backoff,
-        )
+        self._worker = self._make_worker(enrolment)
 
     def run(self) -> dict[str, object]:
         """Run until a signal, or until the recording is done with ``once``.
@@ -176,6 +155,37 @@ class Agent:
         if self._failure is not None:
             raise self._failure
         return status
+
+    def _make_outbox(self, boot: str) -> Outbox:
+        limits = self._options.config.outbox
+        return Outbox(
+            self._state.outbox,
+            boot=boot,
+            clock_ns=time.time_ns,
+            max_messages=limits.max_messages,
+            max_bytes=limits.max_bytes,
+        )
+
+    def _make_streamer(self) -> Streamer:
+        return Streamer(
+            wearer=self._wearer,
+            active=self._active,
+            outbox=self._outbox,
+            headers=self._headers,
+            policy=sharing_policy(self._options.config.policy),
+            sensor=self._options.config.sensor,
+            wait=self._stop.wait,
+        )
+
+    def _make_worker(self, enrolment: Enrolment) -> FederatedWorker:
+        return FederatedWorker(
+            cloud=self._cloud,
+            artifacts=self._plan_artifacts,
+            local=self._local,
+            active=self._active,
+            device=self._make_device(enrolment),
+            backoff=self._backoff,
+        )
 
     def _watch(self) -> None:
         """Write status and health until it is time to stop."""

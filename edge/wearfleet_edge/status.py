@@ -46,16 +46,26 @@ class StatusSource:
 
 def make_status(source: StatusSource, *, running: bool) -> dict[str, object]:
     """The content of ``status.json``; message counts are since enrolment, all others since the agent's start."""
-    outbox = source.outbox.summary()
-    stream, link, federation = source.stream, source.link, source.federation
-    installed = source.active.installed
-    before, after = _accuracies(source) if installed else (None, None)
     return {
         "device": source.device_id,
         "agent_version": source.agent_version,
         "boot_id": source.boot_id,
         "running": running,
         "uptime_s": round(source.uptime_s, 3),
+        "rss_mb": round(resident_bytes() / 1e6, 1),
+        "private_mb": round(private_bytes() / 1e6, 1),
+        "torch_imported": "torch" in sys.modules,
+        "clock_error_s": round(source.clock_error_s, 3),
+        **_stream_status(source),
+        **_model_status(source),
+        **_link_status(source),
+        **_federation_status(source),
+    }
+
+
+def _stream_status(source: StatusSource) -> dict[str, object]:
+    outbox, stream = source.outbox.summary(), source.stream
+    return {
         "stream_finished": stream.finished,
         "windows_recognised": stream.windows,
         "windows_out_of_distribution": stream.out_of_distribution,
@@ -69,11 +79,17 @@ def make_status(source: StatusSource, *, running: bool) -> dict[str, object]:
         "outbox_depth": outbox.depth,
         "inference_ms_p50": round(stream.inference.quantile_us(0.50) / 1e3, 6),
         "inference_ms_p99": round(stream.inference.quantile_us(0.99) / 1e3, 6),
-        "rss_mb": round(resident_bytes() / 1e6, 1),
-        "private_mb": round(private_bytes() / 1e6, 1),
-        "torch_imported": "torch" in sys.modules,
+        "confusion_stream": stream.confusion.tolist(),
+    }
+
+
+def _model_status(source: StatusSource) -> dict[str, object]:
+    installed = source.active.installed
+    before, after = _accuracies(source) if installed else (None, None)
+    return {
         "model_digest": installed.manifest.digest if installed else "",
         "model_version": installed.manifest.version if installed else 0,
+        "model_refusal": source.refusal,
         "labels": list(installed.manifest.contract.labels) if installed else [],
         "personalised": installed is not None and source.active.recogniser.personalised,
         "accuracy_before": before.accuracy if before else None,
@@ -81,10 +97,21 @@ def make_status(source: StatusSource, *, running: bool) -> dict[str, object]:
         "holdout_windows": before.count if before else 0,
         "confusion_before": before.confusion.tolist() if before else [],
         "confusion_after": after.confusion.tolist() if after else [],
-        "confusion_stream": stream.confusion.tolist(),
+    }
+
+
+def _link_status(source: StatusSource) -> dict[str, object]:
+    link = source.link
+    return {
         "broker_connected": link.connected,
         "broker_protocol": link.protocol if link.connected else "",
         "broker_error": link.last_error,
+    }
+
+
+def _federation_status(source: StatusSource) -> dict[str, object]:
+    federation = source.federation
+    return {
         "federated_rounds": federation.rounds,
         "federated_last_round": federation.last_round,
         "federated_declined": federation.declined,
@@ -92,8 +119,6 @@ def make_status(source: StatusSource, *, running: bool) -> dict[str, object]:
         "federated_train_seconds": round(federation.train_seconds, 3),
         "federated_bytes_down": source.bytes_down,
         "federated_bytes_up": federation.bytes_up,
-        "model_refusal": source.refusal,
-        "clock_error_s": round(source.clock_error_s, 3),
     }
 
 
