@@ -1,0 +1,109 @@
+"""Compile Triton kernels for a Hopper GPU on a machine that has none: every stage to machine code, nothing is run.
+
+Run as a program in a process of its own, because Triton decides once for a process whether it interprets:
+
+    python tests/kernel_compiler.py [OPERATION...]
+
+It calls every operation of ``tests/benchmarks/kernels`` at its benchmark shapes, forward and backward, and prints one JSON
+line for each kernel that was compiled: registers, stack, shared memory and spilled bytes. A kernel that does not
+compile ends the program with Triton's message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks" / "kernels"))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+from wearfleet_cloud.kernels import dispatch  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Driver:
+    """What the compiler asks a driver for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+
+class Compiler:
+    """Takes the place of launches: compiles what they would run and keeps what it needs of the machine."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+        self._run = JITFunction.run
+
+    def install(self) -> None:
+        """From here on no kernel of this process is launched."""
+        compiler = self
+
+        def run(function: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+            del warmup
+            kernel = compiler._run(function, *args, grid=grid, warmup=True, **kwargs)
+            if kernel.hash not in compiler.found:
+                compiler.found[kernel.hash] = {"kernel": function.__name__, **resources(kernel)}
+            return kernel
+
+        triton.runtime.driver.set_active(Driver())
+        JITFunction.run = run
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers, stack and shared memory of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    fields = dict(entry.split(":", 1) for entry in text.split() if ":" in entry and entry.split(":", 1)[1].isdigit())
+    return {
+        "warps": kernel.metadata.num_warps,
+        "registers": int(fields["REG"]),
+        "stack": int(fields["STACK"]),
+        "local": int(fields["LOCAL"]),
+        "shared": max(int(fields["SHARED"]), kernel.metadata.shared),
+    }
+
+
+def main() -> None:
+    """As the first lines of this file say."""
+    compiler = Compiler()
+    compiler.install()
+    dispatch.takes_triton = lambda *_: True
+    from bench_kernels import find_cases  # imports the operations, which import the rule of dispatch
+
+    for case in find_cases(sys.argv[1:]):
+        for sizes in (*case.wearable.values(), *case.large.values()):
+            for dtype in (torch.float32, torch.bfloat16):
+                before = set(compiler.found)
+                leaves, others = case.make(sizes, dtype, torch.Generator().manual_seed(0))
+                leaves = tuple(leaf.detach().requires_grad_(not case.no_backward) for leaf in leaves)
+                value = case.ours(*leaves, *others).sum()
+                if not case.no_backward:
+                    torch.autograd.grad(value, leaves)
+                for key in compiler.found.keys() - before:
+                    facts = {"operation": case.name, "sizes": dict(sizes), "dtype": str(dtype), **compiler.found[key]}
+                    print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()
