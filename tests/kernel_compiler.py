@@ -22,11 +22,11 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks" / "kernels"))
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-from wearfleet_cloud.kernels import dispatch  # noqa: E402
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+from wearfleet_cloud.kernels import dispatch
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -74,7 +74,9 @@ def resources(kernel: Any) -> dict[str, int]:
         file.flush()
         command = [CUOBJDUMP, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    fields = dict(entry.split(":", 1) for entry in text.split() if ":" in entry and entry.split(":", 1)[1].isdigit())
+    fields = dict(
+        entry.split(":", 1) for entry in text.split() if ":" in entry and entry.split(":", 1)[1].isdigit()
+    )
     return {
         "warps": kernel.metadata.num_warps,
         "registers": int(fields["REG"]),
@@ -101,7 +103,12 @@ def main() -> None:
                 if not case.no_backward:
                     torch.autograd.grad(value, leaves)
                 for key in compiler.found.keys() - before:
-                    facts = {"operation": case.name, "sizes": dict(sizes), "dtype": str(dtype), **compiler.found[key]}
+                    facts = {
+                        "operation": case.name,
+                        "sizes": dict(sizes),
+                        "dtype": str(dtype),
+                        **compiler.found[key],
+                    }
                     print(json.dumps(facts), flush=True)
 
 
