@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 EPS32 = 2.0**-24  # unit roundoff of the accumulation
-ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float64: 2.0**-53}
+ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
 
 
 def value_and_gradients(
@@ -53,7 +54,10 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float, what:
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
     found = actual.double().cpu()
     assert not found.isnan().any(), f"{what}: NaN"
-    allowed = bound + expected.abs() * ROUNDOFF[actual.dtype]
+    roundoff = ROUNDOFF[actual.dtype]
+    if actual.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        roundoff *= 2  # Triton's interpreter cuts off the digits that a GPU rounds
+    allowed = bound + expected.abs() * roundoff
     excess = ((found - expected).abs() / torch.as_tensor(allowed).clamp_min(1e-300)).max().item()
     assert excess <= 1.0, f"{what}: error is {excess:.3g} times its bound"
 
