@@ -23,8 +23,9 @@ def check(function, leaves, others, settings, device):
     """Value and gradients within what float32 arithmetic allows.
 
     A logarithm of a probability has the absolute error d = (K + 8 + 4 max|l| / tau) eps: a sum of K exponentials of
-    rounded differences. A divergence is a mean of such logarithms (tau^2 d), and errs also relative to its terms by K eps. Its
-    gradient p (u - sum p u) / tau has the error tau (d (1 + |u|) p + K eps |u| p), |u| at most 2 max|l| / tau + log K.
+    rounded differences. A divergence is a mean of such logarithms (tau^2 d), and errs also relative to its terms by
+    K eps. Its gradient p (u - sum p u) / tau has the error tau (d (1 + |u|) p + K eps |u| p), |u| at most
+    2 max|l| / tau + log K.
     """
     tau, alpha = settings[1], settings[2]
     value, gradients = truth(distillation_reference, leaves, *others, *settings)

@@ -1,0 +1,66 @@
+"""How much the classifier's gradient varies over the windows of each domain; the maths is in README.md."""
+
+from torch import Tensor
+from wearfleet_protos.errors import ShapeError
+
+from wearfleet_cloud.kernels.dispatch import takes_triton
+from wearfleet_cloud.kernels.gradient_variance.closed_form import gradient_variance_closed
+from wearfleet_cloud.kernels.gradient_variance.reference import gradient_variance_reference
+
+__all__ = [
+    "fishr_penalty",
+    "gradient_variance",
+    "gradient_variance_closed",
+    "gradient_variance_reference",
+]
+
+
+def gradient_variance(
+    features: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Biased variance, over the windows of a domain, of the cross-entropy's gradient by a linear classifier.
+
+    Differentiable by features and logits; works under ``torch.func.grad`` and ``vmap``.
+
+    Args:
+        features: (D, B, F) input of the classifier.
+        logits: (D, B, K) its output.
+        labels: (D, B) int64.
+        weight: (D, B) of every window, 0 for padding, None for ones; has no gradient.
+
+    Returns:
+        (D, K, F + 1), the last column for the bias; 0 for a domain whose windows all have weight 0.
+
+    Raises:
+        ShapeError: shapes that do not fit each other.
+    """
+    if features.dim() != 3 or logits.dim() != 3 or 0 in features.shape or 0 in logits.shape:
+        raise ShapeError(
+            "features and logits must be (domains, windows, F) and (domains, windows, classes), at least one of "
+            f"each, got {tuple(features.shape)} and {tuple(logits.shape)}"
+        )
+    for name, tensor in (("logits", logits[..., 0]), ("labels", labels), ("weight", weight)):
+        if tensor is not None and tensor.shape != features.shape[:2]:
+            raise ShapeError(
+                f"{name} must begin with {tuple(features.shape[:2])} as the features, got {tuple(tensor.shape)}"
+            )
+    if takes_triton(features, logits, labels, *([] if weight is None else [weight])):
+        from wearfleet_cloud.kernels.gradient_variance import kernel  # noqa: PLC0415  only where Triton is
+
+        if logits.shape[-1] <= kernel.MOST_CLASSES:
+            return kernel.gradient_variance_triton(features, logits, labels, weight)
+    return gradient_variance_closed(features, logits, labels, weight)
+
+
+def fishr_penalty(variances: Tensor) -> Tensor:
+    """Mean over domains and entries of the squared distance to the mean of the domains.
+
+    Args:
+        variances: (D, ...) of ``gradient_variance``, or their moving averages.
+
+    Returns:
+        (); 0 for one domain.
+
+    Source: Rame et al. 2022, arXiv:2109.02934, equation 5, divided by the number of entries; specs/ood.md 2.14.
+    """
+    return (variances - variances.mean(dim=0)).square().mean()
