@@ -1,0 +1,339 @@
+"""Margin losses: kernels and closed form against norms by autograd in float64."""
+
+import math
+
+import pytest
+import torch
+from kernel_checks import EPS32, assert_within, planted, truth, value_and_gradients
+from torch.func import grad, vmap
+from wearfleet_cloud.kernels.margin import (
+    AGGREGATIONS,
+    additive_angular,
+    kernel,  # the Triton kernels, called directly: on a CPU they run in Triton's interpreter
+    large_margin,
+    large_margin_closed,
+    large_margin_reference,
+    large_margin_softmax,
+    replaced_cross_entropy_reference,
+)
+from wearfleet_protos.errors import ConfigError, ShapeError
+
+CPU = torch.device("cpu")
+
+
+def make(windows, classes, labels=2, *, width=5, dtype=torch.float32, scale=1.0, seed=0):
+    """Logits, the classifier's Gram matrix, labels, and a gradient for every loss."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(windows, width, generator=generator)
+    weight = torch.randn(classes, width, generator=generator)
+    logits = (scale * (features @ weight.T)).to(dtype)
+    wanted = torch.randint(0, classes, (windows, labels), generator=generator)
+    return logits, weight @ weight.T, wanted, torch.randn(windows, labels, generator=generator)
+
+
+def conditions(logits, gram, labels):
+    """The sum of the sizes of a squared norm's terms over the norm, the largest of each window; and the smallest norm."""
+    p, gram = torch.softmax(logits.double(), -1), gram.double()
+    q = p @ gram.abs()
+    worst = torch.zeros(len(p), 1, dtype=torch.float64)
+    smallest = torch.full((len(p), 1), torch.inf, dtype=torch.float64)
+    for label in labels.unbind(1):
+        own = p.gather(1, label[:, None])
+        gap = (own - p).abs()
+        terms = (
+            own**2 * gram.diagonal()[label][:, None]
+            + p**2 * gram.diagonal()
+            + gap**2 * (p * q).sum(1)[:, None]
+        )
+        terms = terms + 2 * (
+            own * p * gram[label].abs() + own * gap * q.gather(1, label[:, None]) + p * gap * q
+        )
+        mean = p @ gram
+        exact = own**2 * gram.diagonal()[label][:, None] + p**2 * gram.diagonal()
+        exact = exact + (own - p) ** 2 * (p * mean).sum(1)[:, None] - 2 * own * p * gram[label]
+        exact = exact - 2 * own * (own - p) * mean.gather(1, label[:, None]) + 2 * p * (own - p) * mean
+        rivals = torch.ones_like(p).scatter(1, label[:, None], 0.0) > 0
+        growth = torch.where(rivals, terms / exact.clamp(min=1e-30), 0.0)
+        worst = torch.maximum(worst, growth.max(1, keepdim=True).values)
+        smallest = torch.minimum(smallest, torch.where(rivals, exact, torch.inf).min(1, keepdim=True).values)
+    return worst, smallest.clamp(min=0).sqrt()
+
+
+def check(function, problem, settings, device):
+    """Loss and gradient within what float32 arithmetic allows.
+
+    The probabilities are good to d = (K + 8 + 4 max|l|) eps, relatively. A squared norm is a sum of six products of
+    them with sums of K terms, so it errs by (3 d + 2 K eps) times the sum of the sizes of its terms; relative to the
+    norm that is half of it times ``conditions``. A distance is at most 1 / norm, and errs by that times the error of
+    the norm plus d; its gradient p (v - p v), |v| at most J |u| / norm, likewise, with K more roundings.
+    """
+    logits, gram, labels, upstream = problem
+    gamma, top_k, aggregation, floor = settings
+    top_k = min(top_k, logits.shape[1] - 1)
+    numbers = (gamma, top_k, aggregation, floor)
+
+    def exact_sum(x):
+        return (large_margin_closed(x, gram.double(), labels, *numbers) * upstream).sum()
+
+    def found_sum(x):
+        return (function(x, gram.to(device), labels.to(device), *numbers) * upstream.to(device)).sum()
+
+    exact = large_margin_closed(logits.double(), gram.double(), labels, *numbers)
+    _, (slope,) = truth(exact_sum, [logits])
+    found = function(logits.to(device), gram.to(device), labels.to(device), *numbers)
+    _, (found_slope,) = value_and_gradients(found_sum, [logits.to(device)])
+    classes = logits.shape[1]
+    step = EPS32 * (classes + 8 + 4 * logits.double().abs().max().item())
+    growth, norm = conditions(logits, gram, labels)
+    relative = step + 0.5 * growth * (3 * step + 2 * classes * EPS32)
+    assert_within(found.float(), exact, 2 * relative / norm.clamp(min=max(floor, 1e-8)), "loss")
+    size = labels.shape[1] * upstream.abs().max().item() / norm.clamp(min=max(floor, 1e-8))
+    assert_within(found_slope, slope, 2 * size * (relative + classes * EPS32), "gradient")
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("shape", [(1, 2, 1), (2, 3, 2), (63, 6, 2), (129, 19, 2)])
+def test_the_kernel_is_the_closed_form(aggregation, shape, device):
+    check(kernel.large_margin_triton, make(*shape), (10.0, 2, aggregation, 0.0), device)
+
+
+@pytest.mark.slow
+def test_many_windows(device):
+    check(kernel.large_margin_triton, make(1023, 6), (10.0, 5, "mean", 0.0), device)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_clip_stops_the_gradient(aggregation, device):
+    logits, gram, labels, _ = make(33, 6)
+    check(kernel.large_margin_triton, make(33, 6), (0.05, 3, aggregation, 0.0), device)
+    found = kernel.large_margin_triton(
+        logits.to(device), gram.to(device), labels.to(device), 0.05, 3, aggregation, 0.0
+    )
+    assert found.min() >= -0.05 - 1e-6
+    assert found.max() <= 0.15 + 1e-6
+
+
+def test_bfloat16_is_rounded_only_on_the_way_in_and_out(device):
+    check(kernel.large_margin_triton, make(33, 6, dtype=torch.bfloat16), (10.0, 2, "mean", 0.0), device)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-40])
+def test_extreme_logits_stay_finite(scale, device):
+    logits, gram, labels, _ = make(17, 6, scale=scale)
+    value, (slope,) = value_and_gradients(
+        lambda x: kernel.large_margin_triton(
+            x, gram.to(device), labels.to(device), 10.0, 2, "mean", 1e-3
+        ).sum(),
+        [logits.to(device)],
+    )
+    assert value.isfinite()
+    assert slope.isfinite().all()
+
+
+def test_logits_that_are_not_contiguous(device):
+    logits, gram, labels, upstream = make(17, 6)
+    check(
+        kernel.large_margin_triton,
+        (logits.T.contiguous().T, gram, labels, upstream),
+        (10.0, 2, "mean", 0.0),
+        device,
+    )
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_the_closed_form_is_the_norm_by_autograd(aggregation, floor):
+    generator = torch.Generator().manual_seed(0)
+    z, w, c = (
+        torch.randn(*shape, generator=generator).double().requires_grad_() for shape in ((9, 4), (6, 4), (6,))
+    )
+    labels, upstream = (
+        torch.randint(0, 6, (9, 2), generator=generator),
+        torch.randn(9, 2, generator=generator),
+    )
+    expected = large_margin_reference(z, w, c, labels, 1.0, 3, aggregation, floor)
+    found = large_margin(z @ w.T + c, w, labels, gamma=1.0, top_k=3, aggregation=aggregation, floor=floor)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    wanted = torch.autograd.grad((expected * upstream).sum(), (z, w, c))
+    for ours, theirs in zip(torch.autograd.grad((found * upstream).sum(), (z, w, c)), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_distance_grows_with_the_features_and_not_with_the_classifier():
+    generator = torch.Generator().manual_seed(0)
+    z, w = torch.randn(9, 4, generator=generator).double(), torch.randn(6, 4, generator=generator).double()
+    labels = torch.randint(0, 6, (9, 1), generator=generator)
+    one = large_margin(z @ w.T, w, labels, gamma=1e9)
+    scaled = large_margin((7.0 * z) @ (w / 7.0).T, w / 7.0, labels, gamma=1e9)
+    torch.testing.assert_close(
+        scaled, 7.0 * one, rtol=1e-4, atol=1e-9
+    )  # 1e-8 is added to norms of 1e-3 and more
+
+
+def test_stacked_runs_are_single_runs(device):
+    runs = [make(9, 5, seed=seed)[:3] for seed in range(3)]
+
+    def slope(logits, gram, labels):
+        return grad(lambda x: kernel.large_margin_triton(x, gram, labels, 10.0, 2, "mean", 0.0).sum())(logits)
+
+    stacked = [torch.stack(parts).to(device) for parts in zip(*runs, strict=True)]
+    found = vmap(slope)(*stacked)
+    for number in range(3):
+        torch.testing.assert_close(
+            found[number], slope(*(part[number] for part in stacked)), rtol=1e-6, atol=1e-8
+        )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "aggregation"),
+    [
+        ("gap * gap * s\n", "gap * gap * s * 0.9\n", "mean"),
+        ("- own * p * rows_of_gram", "+ own * p * rows_of_gram", "mean"),
+        ("smaller = here < total", "smaller = here > total", "smallest"),
+        ("pull - hot * tl.sum(pull, 1)[:, None]", "pull", "mean"),
+        ("pull += tl.where(chosen & free[:, None]", "pull += tl.where(chosen", "each"),
+        ("by_l = p * (slope - tl.sum(p * slope, 1)[:, None])", "by_l = p * slope", "each"),
+    ],
+)
+def test_a_planted_error_is_found(old, new, aggregation, device):
+    wrong = planted(kernel, old, new)
+    with pytest.raises(AssertionError):
+        check(wrong.large_margin_triton, make(33, 6), (0.5, 3, aggregation, 0.0), device)
+
+
+def check_replaced(function, windows, classes, device, *, dtype=torch.float32, scale=3.0):
+    """A logarithm of a sum of K exponentials: K + 8 roundings and those of the exponents, 4 max|l|; see README.md."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (scale * torch.randn(windows, classes, generator=generator)).to(dtype)
+    target = (scale * torch.randn(windows, generator=generator)).to(dtype)
+    labels, upstream = (
+        torch.randint(0, classes, (windows,), generator=generator),
+        torch.randn(windows, generator=generator),
+    )
+    value, slopes = truth(
+        lambda *v: (replaced_cross_entropy_reference(*v, labels) * upstream).sum(), [logits, target]
+    )
+    placed = [logits.to(device), target.to(device)]
+    found, found_slopes = value_and_gradients(
+        lambda *v: (function(*v, labels.to(device)) * upstream.to(device)).sum(), placed
+    )
+    largest = max(logits.double().abs().max().item(), target.double().abs().max().item())
+    step = EPS32 * (classes + 8 + 4 * largest)
+    size = upstream.abs().sum().item()
+    assert_within(found.float(), value, size * step + windows * EPS32 * size * 4 * largest, "loss")
+    for ours, exact in zip(found_slopes, slopes, strict=True):
+        assert_within(ours, exact, upstream.abs().max().item() * step, "gradient")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (63, 6), (129, 20), (5, 1023)])
+def test_the_replaced_cross_entropy_is_its_reference(shape, device):
+    check_replaced(kernel.replaced_cross_entropy_triton, *shape, device)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-40])
+def test_the_replaced_cross_entropy_of_extreme_logits(scale, device):
+    check_replaced(kernel.replaced_cross_entropy_triton, 17, 6, device, scale=scale)
+
+
+def test_the_replaced_cross_entropy_in_bfloat16(device):
+    check_replaced(kernel.replaced_cross_entropy_triton, 17, 6, device, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            "values = tl.where(hot, own[:, None], values)",
+            "values = tl.where(hot, 0.99 * own[:, None], values)",
+        ),
+        ("g * (mine - 1.0)", "g * (mine - 0.999)"),
+        ("tl.where(hot, 0.0, p)", "p"),
+    ],
+)
+def test_a_planted_error_in_the_replaced_cross_entropy_is_found(old, new, device):
+    wrong = planted(kernel, old, new)
+    with pytest.raises(AssertionError):
+        check_replaced(wrong.replaced_cross_entropy_triton, 33, 6, device)
+
+
+def angles(windows=7, width=4, classes=5):
+    generator = torch.Generator().manual_seed(0)
+    features, weight = (
+        torch.randn(windows, width, generator=generator),
+        torch.randn(classes, width, generator=generator),
+    )
+    return features.double(), weight.double(), torch.randint(0, classes, (windows,), generator=generator)
+
+
+def test_no_angular_margin_is_the_cross_entropy_of_scaled_cosines():
+    z, w, y = angles()
+    cosines = torch.nn.functional.normalize(z) @ torch.nn.functional.normalize(w).T
+    expected = torch.nn.functional.cross_entropy(7.0 * cosines, y, reduction="none")
+    torch.testing.assert_close(additive_angular(z, w, y, scale=7.0, margin=0.0), expected)
+
+
+def test_the_additive_margin_turns_the_angle():
+    z, w, y = (
+        torch.tensor([[1.0, 0.0]]).double(),
+        torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(),
+        torch.tensor([0]),
+    )
+    found = additive_angular(z, w, y, scale=1.0, margin=0.5)
+    assert found.item() == pytest.approx(math.log(math.exp(math.cos(0.5)) + 1.0) - math.cos(0.5), abs=1e-6)
+
+
+def test_a_larger_margin_never_costs_less():
+    z, w, y = angles(windows=64)
+    losses = [additive_angular(z, w, y, margin=m) for m in (0.0, 0.2, 0.5, 1.0)]
+    assert all((more >= less - 1e-12).all() for less, more in zip(losses, losses[1:], strict=False))
+    losses = [large_margin_softmax(z, w, y, margin=m) for m in (1, 2, 3, 4)]
+    assert all((more >= less - 1e-5).all() for less, more in zip(losses, losses[1:], strict=False))
+
+
+def test_a_margin_of_one_is_the_softmax():
+    z, w, y = angles()
+    expected = torch.nn.functional.cross_entropy(z @ w.T, y, reduction="none")
+    torch.testing.assert_close(large_margin_softmax(z, w, y, margin=1), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_multiplied_angle_by_the_formula_of_cosines():
+    z, w, y = (
+        torch.tensor([[2.0, 0.0]]).double(),
+        torch.tensor([[1.0, 1.0], [0.0, 1.0]]).double(),
+        torch.tensor([0]),
+    )
+    target = math.sqrt(8.0) * math.cos(2 * math.pi / 4)  # angle of 45 degrees, doubled; |z| |w| = 2 sqrt 2
+    found = large_margin_softmax(z, w, y, margin=2)
+    assert found.item() == pytest.approx(math.log(math.exp(target) + 1.0) - target, abs=1e-6)
+
+
+@pytest.mark.parametrize("function", [additive_angular, large_margin_softmax])
+def test_the_angular_losses_are_differentiable(function):
+    z, w, y = angles(windows=4)
+    assert torch.autograd.gradcheck(lambda a, b: function(a, b, y), (z.requires_grad_(), w.requires_grad_()))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: large_margin(torch.zeros(3, 1), torch.zeros(1, 2), torch.zeros(3, 1), gamma=1.0), ShapeError, "at least 2 classes"),
+        (lambda: large_margin(torch.zeros(3, 4), torch.zeros(4, 2), torch.zeros(3), gamma=1.0), ShapeError, "labels of a window"),
+        (lambda: large_margin(torch.zeros(3, 4), torch.zeros(4, 2), torch.zeros(3, 1), gamma=0.0), ConfigError, "gamma > 0"),
+        (lambda: additive_angular(torch.zeros(3, 4), torch.zeros(5, 2), torch.zeros(3)), ShapeError, r"\(classes, F\)"),
+        (lambda: additive_angular(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3), margin=4.0), ConfigError, "0 to pi"),
+        (lambda: large_margin_softmax(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(2)), ShapeError, "labels must be"),
+        (lambda: large_margin_softmax(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3), margin=0), ConfigError, "at least 1"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+def test_the_processor_path_of_the_public_function():
+    logits, _, labels, _ = make(9, 5)
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    found = large_margin(logits, weight, labels, gamma=2.0, top_k=9)
+    torch.testing.assert_close(
+        found, large_margin_closed(logits, weight @ weight.T, labels, 2.0, 4, "mean", 0.0)
+    )
