@@ -1,6 +1,7 @@
 """Margin losses: kernels and closed form against norms by autograd in float64."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def make(windows, classes, labels=2, *, width=5, dtype=torch.float32, scale=1.0,
 
 
 def conditions(logits, gram, labels):
-    """The sum of the sizes of a squared norm's terms over the norm, the largest of each window; and the smallest norm."""
+    """Sum of the sizes of a squared norm's terms over the norm, the largest of each window; and the smallest norm."""
     p, gram = torch.softmax(logits.double(), -1), gram.double()
     q = p @ gram.abs()
     worst = torch.zeros(len(p), 1, dtype=torch.float64)
@@ -285,9 +286,9 @@ def test_the_additive_margin_turns_the_angle():
 def test_a_larger_margin_never_costs_less():
     z, w, y = angles(windows=64)
     losses = [additive_angular(z, w, y, margin=m) for m in (0.0, 0.2, 0.5, 1.0)]
-    assert all((more >= less - 1e-12).all() for less, more in zip(losses, losses[1:], strict=False))
+    assert all((more >= less - 1e-12).all() for less, more in pairwise(losses))
     losses = [large_margin_softmax(z, w, y, margin=m) for m in (1, 2, 3, 4)]
-    assert all((more >= less - 1e-5).all() for less, more in zip(losses, losses[1:], strict=False))
+    assert all((more >= less - 1e-5).all() for less, more in pairwise(losses))
 
 
 def test_a_margin_of_one_is_the_softmax():
@@ -313,18 +314,33 @@ def test_the_angular_losses_are_differentiable(function):
     assert torch.autograd.gradcheck(lambda a, b: function(a, b, y), (z.requires_grad_(), w.requires_grad_()))
 
 
+ZEROS = torch.zeros
+
+
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: large_margin(torch.zeros(3, 1), torch.zeros(1, 2), torch.zeros(3, 1), gamma=1.0), ShapeError, "at least 2 classes"),
-        (lambda: large_margin(torch.zeros(3, 4), torch.zeros(4, 2), torch.zeros(3), gamma=1.0), ShapeError, "labels of a window"),
-        (lambda: large_margin(torch.zeros(3, 4), torch.zeros(4, 2), torch.zeros(3, 1), gamma=0.0), ConfigError, "gamma > 0"),
-        (lambda: additive_angular(torch.zeros(3, 4), torch.zeros(5, 2), torch.zeros(3)), ShapeError, r"\(classes, F\)"),
-        (lambda: additive_angular(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3), margin=4.0), ConfigError, "0 to pi"),
-        (lambda: large_margin_softmax(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(2)), ShapeError, "labels must be"),
-        (lambda: large_margin_softmax(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3), margin=0), ConfigError, "at least 1"),
+        (
+            lambda: large_margin(ZEROS(3, 1), ZEROS(1, 2), ZEROS(3, 1), gamma=1.0),
+            ShapeError,
+            "at least 2 classes",
+        ),
+        (
+            lambda: large_margin(ZEROS(3, 4), ZEROS(4, 2), ZEROS(3), gamma=1.0),
+            ShapeError,
+            "labels of a window",
+        ),
+        (lambda: large_margin(ZEROS(3, 4), ZEROS(4, 2), ZEROS(3, 1), gamma=0.0), ConfigError, "gamma > 0"),
+        (lambda: additive_angular(ZEROS(3, 4), ZEROS(5, 2), ZEROS(3)), ShapeError, r"\(classes, F\)"),
+        (lambda: additive_angular(ZEROS(3, 4), ZEROS(5, 4), ZEROS(3), margin=4.0), ConfigError, "0 to pi"),
+        (lambda: large_margin_softmax(ZEROS(3, 4), ZEROS(5, 4), ZEROS(2)), ShapeError, "labels must be"),
+        (
+            lambda: large_margin_softmax(ZEROS(3, 4), ZEROS(5, 4), ZEROS(3), margin=0),
+            ConfigError,
+            "at least 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
