@@ -1,4 +1,4 @@
-"""The two forms of the CORAL penalty."""
+"""The forms of the CORAL penalty on a processor."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from wearfleet_cloud.kernels.coral import coral_penalty, coral_penalty_gram, coral_penalty_reference
+from wearfleet_cloud.kernels.coral import (
+    coral_penalty,
+    coral_penalty_gram,
+    coral_penalty_reference,
+    coral_penalty_spread,
+)
 from wearfleet_protos.errors import ShapeError
 
-_FORMS = [coral_penalty_reference, coral_penalty_gram]
+_FORMS = [coral_penalty_reference, coral_penalty_gram, coral_penalty_spread]
 
 
 def _features(domains: int, windows: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -36,15 +41,16 @@ def test_penalty_is_that_of_the_definition(form) -> None:
     ("domains", "windows", "width"), [(2, 2, 1), (2, 3, 7), (4, 32, 63), (3, 5, 1023), (6, 33, 16)]
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_both_forms_are_equal_forward_and_backward(
+def test_all_forms_are_equal_forward_and_backward(
     domains: int, windows: int, width: int, weighted: bool
 ) -> None:
     z = _features(domains, windows, width).requires_grad_()
     weight = 0.5 + torch.rand(domains, windows, dtype=torch.float64) if weighted else None
     values = [form(z, weight) for form in _FORMS]
     grads = [torch.autograd.grad(value, z)[0] for value in values]
-    torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-8, atol=1e-12)
+    for value, slope in zip(values[1:], grads[1:], strict=True):
+        torch.testing.assert_close(value, values[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(slope, grads[0], rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", _FORMS)

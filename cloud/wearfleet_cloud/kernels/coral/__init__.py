@@ -5,12 +5,16 @@ from wearfleet_protos.errors import ShapeError
 
 from wearfleet_cloud.kernels.coral.gram import coral_penalty_gram
 from wearfleet_cloud.kernels.coral.reference import coral_penalty_reference
+from wearfleet_cloud.kernels.coral.spread import coral_penalty_spread
+from wearfleet_cloud.kernels.dispatch import takes_triton
 
-__all__ = ["coral_penalty", "coral_penalty_gram", "coral_penalty_reference"]
+__all__ = ["coral_penalty", "coral_penalty_gram", "coral_penalty_reference", "coral_penalty_spread"]
 
 
 def coral_penalty(features: Tensor, weight: Tensor | None = None) -> Tensor:
     """CORAL penalty by the cheaper of two equal forms.
+
+    Works under ``torch.func.grad`` and ``vmap``.
 
     Args:
         features: (D, B, F) features of every domain.
@@ -29,4 +33,8 @@ def coral_penalty(features: Tensor, weight: Tensor | None = None) -> Tensor:
     if features.shape[0] == 1:
         return features.new_zeros(())
     wide = features.shape[1] * 2 < features.shape[2]
-    return coral_penalty_gram(features, weight) if wide else coral_penalty_reference(features, weight)
+    if takes_triton(features, *([] if weight is None else [weight])):
+        from wearfleet_cloud.kernels.coral import kernel  # noqa: PLC0415  only where Triton is
+
+        return kernel.coral_penalty_triton(features, weight, gram=wide)
+    return coral_penalty_gram(features, weight) if wide else coral_penalty_spread(features, weight)

@@ -21,8 +21,8 @@ _SAMPLE: Final = 512  # windows whose distances make the median
 def mmd(features: Tensor, gammas: Tensor, weight: Tensor | None = None) -> Tensor:
     """Biased squared MMD, mean over all pairs of domains.
 
-    Works under ``torch.func.grad`` and ``vmap``. On a GPU nothing of the size of the kernel matrix is written: memory is
-    that of the features.
+    Works under ``torch.func.grad`` and ``vmap``. On a GPU nothing of the size of the kernel matrix is
+    written: memory is that of the features.
 
     Args:
         features: (D, B, F).
@@ -50,7 +50,7 @@ def mmd(features: Tensor, gammas: Tensor, weight: Tensor | None = None) -> Tenso
         from wearfleet_cloud.kernels.mmd import kernel  # noqa: PLC0415  only where Triton is
 
         return kernel.mmd_triton(features, gammas, weight)
-    return mmd_direct(features, gammas.to(features.dtype), weight)
+    return mmd_direct(features, gammas, weight)
 
 
 def median_gammas(features: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ def mmd_direct(features: Tensor, gammas: Tensor, weight: Tensor | None = None) -
     Distances are taken from features around their common mean, so that the product's rounding does not grow with it.
     """
     domains, windows, _ = features.shape
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     flat = features.flatten(0, 1)
     flat = flat - flat.detach().mean(dim=0)
     norms = flat.square().sum(dim=1)
     squares = (norms[:, None] + norms[None] - 2.0 * flat @ flat.T).clamp(min=1e-30)
+    gammas = gammas.to(features.dtype)
     values = torch.exp(-gammas[0] * squares)
     for gamma in gammas[1:]:
         values = values + torch.exp(-gamma * squares)

@@ -120,8 +120,8 @@ def _launch_forward(domains: object, features: Tensor, shares: Tensor, gammas: T
     tiles = triton.cdiv(windows, blocks["BLOCK"])
     sums = z.new_empty((problems, tiles, tiles))
     _forward[problems, tiles, tiles](
-        z.contiguous(), shares.contiguous(), gammas.contiguous(), sums, windows, windows // domains, width, *_signs(domains),
-        G=gammas.shape[-1], **blocks,
+        z.contiguous(), shares.contiguous(), gammas.contiguous(), sums, windows, windows // domains, width,
+        *_signs(domains), G=gammas.shape[-1], **blocks,
     )  # fmt: skip
     return sums.double().sum(dim=(1, 2)).float(), z
 
