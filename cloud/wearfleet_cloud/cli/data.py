@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
 from wearfleet_protos.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def list_data(data_root: DataRoot = None, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("name", "what", "classes", "channels", "Hz", "window", "found")
+    table = Table(Column("name", no_wrap=True), "what", "classes", "channels", "Hz", "window", "found")
     for row in rows:
         cells = (
             row["name"],
@@ -219,7 +219,7 @@ def _found(dataset: Dataset, data_root: Path | None) -> bool:
 
 def _windows(prepared: Prepared) -> dict[str, Any]:
     from wearfleet_cloud.data.dataset import UNKNOWN_SUBJECT
-    from wearfleet_cloud.data.scenarios import person_groups
+    from wearfleet_cloud.data.scenarios import person_groups, possible_scenarios
 
     labels = prepared.dataset.label_names
     by_class = [int((prepared.windows.activity == label).sum()) for label in range(len(labels))]
@@ -229,6 +229,7 @@ def _windows(prepared: Prepared) -> dict[str, Any]:
         "recordings": len(prepared.entries),
         "subjects": 0 if unknown else len(prepared.subjects),
         "person_groups": [] if unknown else [list(group) for group in person_groups(prepared)],
+        "scenarios": list(possible_scenarios(prepared)),
         "windows_by_class": dict(zip(labels, by_class, strict=True)),
     }
 
@@ -239,6 +240,7 @@ def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(value, Mapping):
             yield from ((f"{key}: {name}", number) for name, number in _flat(value))
         elif isinstance(value, list):
-            yield key, "; ".join(", ".join(group) for group in value) or "unknown"
+            groups = (group if isinstance(group, str) else ", ".join(group) for group in value)
+            yield key, "; ".join(groups) or "none"
         else:
             yield key, str(value)

@@ -70,7 +70,7 @@ def _export(
 
     with _progress(as_json) as progress:
         trained = read_run(run)
-        dataset = dataset_named(trained.dataset)
+        dataset = dataset_named(trained.dataset).for_scenario(trained.scenario)
         windows = windows_of_run(
             trained, prepare(dataset, data_root, cache_dir or default_cache_dir(), progress)
         )

@@ -25,9 +25,18 @@ RootOption = Annotated[
     typer.Option("--data-root", envvar="WEARFLEET_DATA_ROOT", help="Folder with the official distributions."),
 ]
 CacheOption = Annotated[Path | None, typer.Option("--cache-dir", help="Folder of prepared data.")]
-ScenarioOption = Annotated[str, typer.Option("--scenario", help="What the domains are: cross-person.")]
+ScenarioOption = Annotated[
+    str,
+    typer.Option(
+        "--scenario", help="What the domains are: cross-person, -position, -dataset, -time or -device."
+    ),
+]
 TargetOption = Annotated[
-    str, typer.Option("--target", help="Held-out domain: its number, or persons: 07 or 3,8 or 3,")
+    str,
+    typer.Option(
+        "--target",
+        help="Held-out domain: its number, or its name: torso; cross-person: persons 07 or 3,8 or 3,",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of initial weights, splits and all random numbers.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no progress.")]
@@ -148,20 +157,23 @@ def _scenario(
     seed: int,
     progress: Progress,
 ) -> Scenario:
-    from wearfleet_protos.errors import ConfigError
-
     from wearfleet_cloud.data import dataset_named
-    from wearfleet_cloud.data.prepared import default_cache_dir, prepare
-    from wearfleet_cloud.data.scenarios import cross_person
+    from wearfleet_cloud.data.prepared import default_cache_dir
+    from wearfleet_cloud.data.scenarios import open_scenario
 
-    if kind != "cross-person":
-        raise ConfigError(f"unknown scenario {kind!r}; known: cross-person")
-    prepared = prepare(dataset_named(dataset), data_root, cache_dir or default_cache_dir(), progress)
-    return cross_person(prepared, _held_out(target), seed)
+    return open_scenario(
+        dataset_named(dataset),
+        kind,
+        _held_out(target),
+        seed=seed,
+        data_root=data_root,
+        cache_dir=cache_dir or default_cache_dir(),
+        progress=progress,
+    )
 
 
 def _held_out(target: str) -> int | tuple[str, ...]:
-    """``2`` is a group; ``02``, ``2,`` and ``2,5`` are persons."""
+    """``2`` is the number of a domain; ``02``, ``2,``, ``2,5`` and ``torso`` are names."""
     if target.isdigit() and str(int(target)) == target:
         return int(target)
     return tuple(name for name in target.split(",") if name)

@@ -12,6 +12,7 @@ from wearfleet_cloud.data.dataset import Dataset
 from wearfleet_cloud.data.dsads import DSADS
 from wearfleet_cloud.data.emg import EMG
 from wearfleet_cloud.data.hapt import HAPT
+from wearfleet_cloud.data.har_common import HAR_COMMON, HAR_COMMON_STRICT
 from wearfleet_cloud.data.simulator import SIMULATOR
 from wearfleet_cloud.data.uci_har import UCI_HAR
 from wearfleet_cloud.data.usc_had import USC_HAD
@@ -23,6 +24,8 @@ DATASETS: Final = {
     "dsads": DSADS,
     "emg": EMG,
     "hapt": HAPT,
+    "har-common": HAR_COMMON,
+    "har-common-strict": HAR_COMMON_STRICT,
     "simulator": SIMULATOR,
     "uci-har": UCI_HAR,
     "usc-had": USC_HAD,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -96,13 +96,19 @@ class Dataset:
             unlabelled in the prepared set, so no window belongs to them.
         domain_groups: subjects of each domain of the cross-person scenario.
         group_size: where ``domain_groups`` is empty: so many consecutive subjects form a domain.
+        time_domains: parts into which cross-time cuts everybody's time, at least 2.
+        members: names of the data sets it was joined from; subjects are then ``<member>/<subject>``.
+        views: the same measurements cut for another scenario, by the name of the scenario, such as one
+            recording a body position where a recording here holds all of them; each has the same name.
+        kernel: length of convolutions that suits its windows (specs/ood.md 1.4).
         download: official address, None where there is none.
         notes: what a user must know about this distribution.
         version: raise it when the reader's output changes; caches of older versions are not used.
         simulated: True when no person was measured.
 
     Raises:
-        ConfigError: no channels or labels, a label named twice, or neither groups nor a group size.
+        ConfigError: no channels or labels, a label named twice, neither groups nor a group size, fewer than two
+            time domains, or a view with another name or other labels.
     """
 
     name: str
@@ -118,6 +124,10 @@ class Dataset:
     other_labels: tuple[str, ...] = ()
     domain_groups: tuple[tuple[str, ...], ...] = ()
     group_size: int = 1
+    time_domains: int = 4
+    members: tuple[str, ...] = ()
+    views: Mapping[str, Dataset] = field(default_factory=dict)
+    kernel: int = 9
     download: Download | None = None
     notes: str = ""
     version: int = 1
@@ -129,6 +139,15 @@ class Dataset:
             raise ConfigError(f"data set {self.name}: needs channels and distinct label names, got {labels}")
         if self.group_size < 1:
             raise ConfigError(f"data set {self.name}: group_size must be at least 1, got {self.group_size}")
+        if self.time_domains < 2:
+            raise ConfigError(f"data set {self.name}: needs at least 2 time domains, got {self.time_domains}")
+        for scenario, view in self.views.items():
+            if (view.name, view.label_names) != (self.name, self.label_names):
+                raise ConfigError(f"data set {self.name}: its view for {scenario} must keep name and labels")
+
+    def for_scenario(self, scenario: str) -> Dataset:
+        """What to prepare for a scenario: the view made for it, else the data set itself."""
+        return self.views.get(scenario, self)
 
     @property
     def spec(self) -> WindowSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ from wearfleet_cloud.data.dataset import Counts, Dataset, Download, Progress
 from wearfleet_cloud.data.file_reader import FileReader
 from wearfleet_cloud.data.layout import Layout, Source, members
 from wearfleet_cloud.data.number_table import parse_table
+from wearfleet_cloud.data.sliced import ChannelGroup, SlicedReader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,9 +30,10 @@ __all__ = ["DSADS"]
 
 _SEGMENT: Final = 125
 _UNITS: Final = (("acc", "m/s^2"), ("gyro", "rad/s"), ("mag", "normalised field"))
+_PLACES: Final = ("torso", "right_arm", "left_arm", "right_leg", "left_leg")
 _CHANNELS: Final = tuple(
     Channel(f"{place}_{sensor}_{axis}", unit)
-    for place in ("torso", "right_arm", "left_arm", "right_leg", "left_leg")
+    for place in _PLACES
     for sensor, unit in _UNITS
     for axis in "xyz"
 )
@@ -85,7 +88,7 @@ def _counts(source: Source, progress: Progress) -> Counts:
     }
 
 
-DSADS: Final = Dataset(
+_WHOLE_BODY: Final = Dataset(
     name="dsads",
     title="DSADS: daily and sports activities",
     citation="K. Altun, B. Barshan, O. Tunçel, Comparative study on classifying human activities with miniature "
@@ -114,4 +117,40 @@ DSADS: Final = Dataset(
         500 << 20,
     ),
     notes="all five units in one window of 45 channels; the order of the activities in time is not known",
+)
+
+
+def _one_position_a_recording() -> Dataset:
+    """Nine channels, one recording for each unit on the body."""
+    groups = tuple(
+        ChannelGroup(place, tuple(range(9 * number, 9 * number + 9))) for number, place in enumerate(_PLACES)
+    )
+    channels = tuple(Channel(f"{sensor}_{axis}", unit) for sensor, unit in _UNITS for axis in "xyz")
+    return replace(
+        _WHOLE_BODY, channels=channels, reader=SlicedReader(_WHOLE_BODY.reader, channels, groups, "position")
+    )
+
+
+def _one_kind_of_sensor_a_recording() -> Dataset:
+    """Fifteen channels, one recording for each kind of sensor (the benchmark's "devices", specs/ood.md 1.3).
+
+    The three kinds measure different things in different units, which is the shift of this scenario.
+    """
+    groups = tuple(
+        ChannelGroup(
+            name, tuple(9 * place + 3 * kind + axis for place in range(len(_PLACES)) for axis in range(3))
+        )
+        for kind, name in enumerate(("accelerometer", "gyroscope", "magnetometer"))
+    )
+    channels = tuple(Channel(f"{place}_{axis}", "of the sensor") for place in _PLACES for axis in "xyz")
+    reader = SlicedReader(_WHOLE_BODY.reader, channels, groups, "device")
+    return replace(_WHOLE_BODY, channels=channels, reader=reader, kernel=5)
+
+
+DSADS: Final = replace(
+    _WHOLE_BODY,
+    views={
+        "cross-position": _one_position_a_recording(),
+        "cross-device": _one_kind_of_sensor_a_recording(),
+    },
 )

@@ -161,6 +161,7 @@ HAPT: Final = Dataset(
     domain_groups=tuple(
         tuple(f"{user:02d}" for user in range(first, first + 6)) for first in range(1, 31, 6)
     ),
+    time_domains=5,
     download=Download(
         "https://archive.ics.uci.edu/static/public/341/"
         "smartphone+based+recognition+of+human+activities+and+postural+transitions.zip",

@@ -1,23 +1,44 @@
-"""Scenarios: which windows are the source domains and which the unseen target."""
+"""Scenarios: which windows are the source domains and which the unseen target.
+
+Source: specs/ood.md 1.3. Persons are pooled in cross-position, cross-time and cross-device, as published: the target
+shares people with the sources, and where several sensors measure at once also moments, but never a sample.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 from wearfleet_protos.errors import ConfigError, DataError, NotFoundError
 
-from wearfleet_cloud.data.dataset import UNKNOWN_SUBJECT
-from wearfleet_cloud.data.prepared import Prepared
+from wearfleet_cloud.data.dataset import Dataset, Progress, silent
+from wearfleet_cloud.data.domains import DIVISIONS, Part, person_groups
+from wearfleet_cloud.data.prepared import Prepared, prepare
 from wearfleet_cloud.data.splits import SPLITS, leakage_check
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Domain", "Scenario", "SourceSplit", "cross_person", "person_groups", "split_sources"]
+__all__ = [
+    "Domain",
+    "Scenario",
+    "SourceSplit",
+    "build_scenario",
+    "check_scenario_name",
+    "cross_person",
+    "open_scenario",
+    "person_groups",
+    "possible_scenarios",
+    "split_sources",
+]
+
+T = TypeVar("T")
 
 _FRACTION: Final = 0.2
+_PERSONS_APART: Final = ("cross-person", "cross-dataset")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,24 +78,59 @@ class SourceSplit:
     leaking: int
 
 
-def person_groups(prepared: Prepared) -> tuple[tuple[str, ...], ...]:
-    """The persons of each domain that are present in the data; everybody is in exactly one group.
+def open_scenario(
+    dataset: Dataset,
+    name: str,
+    target: int | tuple[str, ...],
+    *,
+    seed: int,
+    data_root: Path | None,
+    cache_dir: Path,
+    progress: Progress = silent,
+) -> Scenario:
+    """Prepare a data set in the form that a scenario needs, and build the scenario.
+
+    Args:
+        dataset: which one.
+        name: of the scenario, a key of :data:`wearfleet_cloud.data.domains.DIVISIONS`.
+        target: as for :func:`build_scenario`.
+        seed: of the splits made of the scenario.
+        data_root: folder with the distributions; None only for simulated sets.
+        cache_dir: of prepared data.
+        progress: told about reading and cutting.
 
     Raises:
-        DataError: wearers are unknown, so there are no persons to group.
+        ConfigError: unknown scenario or no such domain.
+        DataError: the distribution is missing or malformed, or the data cannot give the scenario.
+        NotFoundError: no such subject or domain.
     """
-    dataset, present = prepared.dataset, prepared.windows.subjects()
-    if UNKNOWN_SUBJECT in present:
-        raise DataError(
-            f"data set {dataset.name} as found here does not say who wore the sensor, so persons cannot be told apart; "
-            "use the official distribution with its subject files, or another data set such as hapt"
-        )
-    if not dataset.domain_groups:
-        size = dataset.group_size
-        return tuple(present[first : first + size] for first in range(0, len(present), size))
-    groups = [tuple(s for s in group if s in present) for group in dataset.domain_groups]
-    outside = tuple(s for s in present if not any(s in group for group in groups))
-    return tuple(group for group in (*groups, outside) if group)
+    check_scenario_name(name)
+    prepared = prepare(dataset.for_scenario(name), data_root, cache_dir, progress)
+    return build_scenario(name, prepared, target, seed)
+
+
+def build_scenario(name: str, prepared: Prepared, target: int | tuple[str, ...], seed: int = 0) -> Scenario:
+    """Hold out one domain of a prepared data set; the others are the sources.
+
+    Args:
+        name: a key of :data:`wearfleet_cloud.data.domains.DIVISIONS`.
+        prepared: from ``dataset.for_scenario(name)``.
+        target: number of the domain to hold out, or its name in a tuple; cross-person: subjects.
+        seed: of the splits made of the scenario.
+
+    Raises:
+        ConfigError: unknown scenario, or no domain of that number.
+        DataError: the data cannot give it (the message says why and what they can give), or something leaks.
+        NotFoundError: no subject or domain of that name.
+    """
+    check_scenario_name(name)
+    if name == "cross-person":
+        return cross_person(prepared, target, seed)
+    parts = _divided(name, prepared, DIVISIONS[name])
+    number = _number_of(target, [part.name for part in parts], f"{prepared.dataset.name}, {name}")
+    domains = [_domain(prepared, part, _wearers(prepared, part)) for part in parts]
+    sources = tuple(domain for domain in domains if domain is not domains[number])
+    return _checked(name, prepared, sources, domains[number], seed)
 
 
 def cross_person(prepared: Prepared, target: int | tuple[str, ...], seed: int = 0) -> Scenario:
@@ -93,13 +149,10 @@ def cross_person(prepared: Prepared, target: int | tuple[str, ...], seed: int = 
         ConfigError: no such group.
         NotFoundError: no such subject.
     """
-    groups = person_groups(prepared)
+    groups = _divided("cross-person", prepared, person_groups)
     if isinstance(target, int):
-        if not 0 <= target < len(groups):
-            raise ConfigError(
-                f"data set {prepared.dataset.name} has person groups 0 to {len(groups) - 1}, got target {target}"
-            )
-        held = groups[target]
+        names = [f"persons {'+'.join(group)}" for group in groups]
+        held = groups[_number_of(target, names, f"{prepared.dataset.name}, cross-person")]
     else:
         held = target
     unknown = sorted(set(held) - set(prepared.windows.subjects()))
@@ -109,14 +162,25 @@ def cross_person(prepared: Prepared, target: int | tuple[str, ...], seed: int = 
             f"known: {', '.join(prepared.windows.subjects())}"
         )
     rest = [tuple(s for s in group if s not in held) for group in groups]
-    sources = tuple(_domain(prepared, f"persons {'+'.join(group)}", group) for group in rest if group)
+    sources = tuple(_persons(prepared, group) for group in rest if group)
     if not sources:
         raise DataError(f"all persons of {prepared.dataset.name} are held out; leave some to train on")
-    goal = _domain(prepared, f"persons {'+'.join(held)}", held)
-    leakage_check(
-        prepared.windows, np.concatenate([d.index for d in sources]), goal.index, persons_apart=True
+    return _checked("cross-person", prepared, sources, _persons(prepared, held), seed)
+
+
+def possible_scenarios(prepared: Prepared) -> tuple[str, ...]:
+    """The scenarios that a data set can give."""
+    return tuple(
+        name
+        for name, divide in DIVISIONS.items()
+        if name in prepared.dataset.views or _refusal(prepared, divide) is None
     )
-    return Scenario("cross-person", prepared, sources, goal, seed)
+
+
+def check_scenario_name(name: str) -> None:
+    """ConfigError, which lists the known scenarios, for an unknown one."""
+    if name not in DIVISIONS:
+        raise ConfigError(f"unknown scenario {name!r}; known: {', '.join(DIVISIONS)}")
 
 
 def split_sources(scenario: Scenario, rule: str = "block", fraction: float = _FRACTION) -> SourceSplit:
@@ -147,10 +211,61 @@ def split_sources(scenario: Scenario, rule: str = "block", fraction: float = _FR
     )
 
 
-def _domain(prepared: Prepared, name: str, subjects: tuple[str, ...]) -> Domain:
-    index = prepared.windows.of_subjects(subjects)
-    x = np.asarray(prepared.windows.x[index])
-    return Domain(name, subjects, x, prepared.windows.activity[index], index)
+def _divided(name: str, prepared: Prepared, divide: Callable[[Prepared], T]) -> T:
+    dataset = prepared.dataset
+    if name in dataset.views:
+        raise ConfigError(
+            f"for {name} the recordings of {dataset.name} are cut otherwise: use open_scenario, or prepare "
+            f"dataset.for_scenario({name!r})"
+        )
+    try:
+        return divide(prepared)
+    except DataError as error:
+        can = ", ".join(possible_scenarios(prepared)) or "none"
+        raise DataError(f"data set {dataset.name} cannot give {name}: {error}; it can give: {can}") from error
+
+
+def _refusal(prepared: Prepared, divide: Callable[[Prepared], tuple[Part, ...]]) -> DataError | None:
+    try:
+        divide(prepared)
+    except DataError as error:
+        return error
+    return None
+
+
+def _number_of(target: int | tuple[str, ...], names: list[str], where: str) -> int:
+    if isinstance(target, int):
+        if 0 <= target < len(names):
+            return target
+        raise ConfigError(
+            f"{where}: expected one of the groups 0 to {len(names) - 1}, got target {target}; "
+            f"they are: {'; '.join(names)}"
+        )
+    if len(target) == 1 and target[0] in names:
+        return names.index(target[0])
+    raise NotFoundError(f"{where}: no domain {', '.join(target)!r}; known: {', '.join(names)}")
+
+
+def _checked(
+    name: str, prepared: Prepared, sources: tuple[Domain, ...], target: Domain, seed: int
+) -> Scenario:
+    own = np.concatenate([domain.index for domain in sources])
+    leakage_check(prepared.windows, own, target.index, persons_apart=name in _PERSONS_APART)
+    return Scenario(name, prepared, sources, target, seed)
+
+
+def _persons(prepared: Prepared, subjects: tuple[str, ...]) -> Domain:
+    part = Part(f"persons {'+'.join(subjects)}", prepared.windows.of_subjects(subjects))
+    return _domain(prepared, part, subjects)
+
+
+def _wearers(prepared: Prepared, part: Part) -> tuple[str, ...]:
+    return tuple(np.unique(prepared.windows.subject[part.index]).tolist())
+
+
+def _domain(prepared: Prepared, part: Part, subjects: tuple[str, ...]) -> Domain:
+    windows, index = prepared.windows, part.index
+    return Domain(part.name, subjects, np.asarray(windows.x[index]), windows.activity[index], index)
 
 
 def _part(domain: Domain, index: NDArray[np.int64]) -> Domain:

@@ -12,7 +12,7 @@ Three rules, all seeded:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +31,7 @@ __all__ = [
     "person_split",
     "sharing_samples",
     "stratified_split",
+    "streams_in_time",
 ]
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,23 @@ def sharing_samples(
     before = place - taken[np.maximum(right - 1, 0)]
     shares: NDArray[np.bool_] = (np.abs(after) < windows.length) | (np.abs(before) < windows.length)
     return shares
+
+
+def streams_in_time(windows: WindowSet, index: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The windows of every person, position, device and activity, each in the order of time.
+
+    Args:
+        windows: all windows.
+        index: (n,) positions of those to look at.
+
+    Yields:
+        Places in ``index``, int64; each place once over all streams.
+    """
+    origin = (windows.subject, windows.position, windows.device, windows.activity)
+    streams = np.stack([np.unique(column[index], return_inverse=True)[1] for column in origin], axis=1)
+    in_time = np.lexsort((windows.start[index], windows.recording[index], windows.session[index]))
+    for stream in np.unique(streams, axis=0):
+        yield in_time[(streams[in_time] == stream).all(axis=1)]
 
 
 def leakage_check(
@@ -135,11 +153,7 @@ def block_split(windows: WindowSet, index: NDArray[np.int64], fraction: float, s
     _check_fraction(fraction)
     generator = np.random.default_rng(seed)
     held = np.zeros(len(index), np.bool_)
-    origin = (windows.subject, windows.position, windows.device, windows.activity)
-    streams = np.stack([np.unique(column[index], return_inverse=True)[1] for column in origin], axis=1)
-    in_time = np.lexsort((windows.start[index], windows.recording[index], windows.session[index]))
-    for stream in np.unique(streams, axis=0):
-        order = in_time[(streams[in_time] == stream).all(axis=1)]
+    for order in streams_in_time(windows, index):
         size = round(len(order) * fraction)
         begin = int(generator.integers(len(order) - size + 1))
         held[order[begin : begin + size]] = True

@@ -151,6 +151,7 @@ UCI_HAR: Final = Dataset(
     domain_groups=tuple(
         tuple(f"{user:02d}" for user in range(first, first + 6)) for first in range(1, 31, 6)
     ),
+    time_domains=5,
     download=Download(
         "https://archive.ics.uci.edu/static/public/240/human+activity+recognition+using+smartphones.zip",
         "human+activity+recognition+using+smartphones.zip",

@@ -135,6 +135,7 @@ USC_HAD: Final = Dataset(
         _counts,
     ),
     domain_groups=_groups(),
+    kernel=6,
     download=Download("https://sipi.usc.edu/had/USC-HAD.zip", "USC-HAD.zip", "", 200 << 20),
     notes="labels come from the file names; the order of the activities within a trial is not known",
 )

@@ -175,5 +175,6 @@ WISDM: Final = Dataset(
         "",
         600 << 20,
     ),
-    notes="positions 'phone' (pocket) and 'watch' (wrist) are separate recordings of the same moments",
+    notes="positions 'phone' (pocket) and 'watch' (wrist) are separate recordings of the same moments; "
+    "position and device change together, so cross-position and cross-device are the same here",
 )

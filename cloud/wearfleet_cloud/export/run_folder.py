@@ -15,7 +15,7 @@ from wearfleet_protos.tensors import digest_of
 
 from wearfleet_cloud.data.dataset import Dataset
 from wearfleet_cloud.data.prepared import Prepared
-from wearfleet_cloud.data.scenarios import Domain, cross_person, split_sources
+from wearfleet_cloud.data.scenarios import Domain, build_scenario, split_sources
 from wearfleet_cloud.training.model_files import load_model
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class Run:
         identity: data set, algorithm and a hash of the result.
         model: in evaluation mode.
         dataset: name or file it was trained on.
-        target_subjects: who was held out.
+        scenario: what its domains were.
+        target: persons, or the name of the domain, that were held out.
         scenario_seed: of the split into training and validation.
         split: rule of that split.
         counts: number of training and of validation windows.
@@ -41,7 +42,8 @@ class Run:
     identity: str
     model: Classifier
     dataset: str
-    target_subjects: tuple[str, ...]
+    scenario: str
+    target: tuple[str, ...]
     scenario_seed: int
     split: str
     counts: tuple[int, int]
@@ -77,7 +79,8 @@ def read_run(folder: Path) -> Run:
             identity=f"{result['dataset']}-{result['algorithm']}-{digest_of(content)[7:19]}",
             model=load_model(folder),
             dataset=str(result["dataset"]),
-            target_subjects=tuple(str(subject) for subject in result["target_subjects"]),
+            scenario=str(result["scenario"]),
+            target=_target_of(result),
             scenario_seed=int(result["scenario_seed"]),
             split=str(result["split"]),
             counts=(int(result["train_windows"]), int(result["validation_windows"])),
@@ -95,7 +98,7 @@ def windows_of_run(run: Run, prepared: Prepared) -> RunWindows:
         DataError: the data set found here is not the one that the run saw.
         NotFoundError: a held-out subject is not in it.
     """
-    scenario = cross_person(prepared, run.target_subjects, run.scenario_seed)
+    scenario = build_scenario(run.scenario, prepared, run.target, run.scenario_seed)
     split = split_sources(scenario, run.split)
     x, y = _joined(split.train)
     x_validation, y_validation = _joined(split.validation)
@@ -116,6 +119,13 @@ def contract_of(dataset: Dataset) -> InputContract:
         stride=dataset.stride,
         labels=dataset.label_names,
     )
+
+
+def _target_of(result: dict[str, Any]) -> tuple[str, ...]:
+    """Persons by their own names, any other domain by its name."""
+    if result["scenario"] == "cross-person":
+        return tuple(str(subject) for subject in result["target_subjects"])
+    return (str(result["target"]),)
 
 
 def _joined(domains: tuple[Domain, ...]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

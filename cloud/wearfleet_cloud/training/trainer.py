@@ -58,8 +58,9 @@ def model_spec_for(dataset: Dataset, backbone: str = "cnn") -> ModelSpec:
     Raises:
         ConfigError: an unknown backbone.
     """
-    kernel = {"usc-had": 6}.get(dataset.name, 9)
-    return ModelSpec(backbone, len(dataset.channels), dataset.window, len(dataset.label_names), kernel=kernel)
+    return ModelSpec(
+        backbone, len(dataset.channels), dataset.window, len(dataset.label_names), kernel=dataset.kernel
+    )
 
 
 def train(  # noqa: PLR0917 - what, how, where: callers name them in this order

@@ -13,7 +13,13 @@ from wearfleet_cloud.data import DATASETS
 from wearfleet_cloud.data.dataset import UNKNOWN_SUBJECT, silent
 from wearfleet_cloud.data.file_reader import FileReader
 from wearfleet_cloud.data.prepared import Prepared, counts_of, prepare
-from wearfleet_cloud.data.scenarios import cross_person, person_groups
+from wearfleet_cloud.data.scenarios import (
+    cross_person,
+    open_scenario,
+    person_groups,
+    possible_scenarios,
+    split_sources,
+)
 from wearfleet_protos.errors import DataError
 
 pytestmark = [pytest.mark.data, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -184,3 +190,72 @@ def test_a_truncated_real_archive_leaves_no_cache_entry(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="truncated or damaged"):
         prepare(DATASETS["hapt"], tmp_path, tmp_path / "cache", silent)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def times(*windows: int) -> dict[str, int]:
+    return {f"time {k} of {len(windows)}": number for k, number in enumerate(windows, 1)}
+
+
+SCENARIOS: dict[tuple[str, str], dict[str, int]] = {
+    ("dsads", "cross-position"): dict.fromkeys(
+        ("torso", "right_arm", "left_arm", "right_leg", "left_leg"), 3_040
+    ),
+    ("dsads", "cross-device"): dict.fromkeys(("accelerometer", "gyroscope", "magnetometer"), 3_040),
+    ("dsads", "cross-time"): times(760, 760, 760, 760),
+    ("wisdm-51", "cross-position"): {"phone": 7_560, "watch": 7_554},
+    ("wisdm-51", "cross-device"): {"smartphone": 7_560, "smartwatch": 7_554},
+    # DSADS: 7 of 19 activities x 160 segments x 4 windows
+    ("har-common", "cross-dataset"): {"dsads": 4_480, "usc-had": 16_211, "hapt": 13_279},
+    ("har-common-strict", "cross-dataset"): {"dsads": 4_480, "usc-had": 16_211, "hapt": 13_286},
+    ("hapt", "cross-time"): times(1_910, 1_829, 1_824, 1_835, 1_922),
+    ("usc-had", "cross-time"): times(6_705, 6_619, 6_648, 6_740),
+    ("emg", "cross-time"): times(2_811, 2_698, 2_771, 2_820),
+    ("wisdm-51", "cross-time"): times(3_670, 3_456, 3_669, 3_671),
+}
+
+
+@pytest.mark.parametrize(("name", "scenario"), sorted(SCENARIOS))
+def test_scenarios_have_these_domains_with_all_classes_and_no_leak(
+    name: str, scenario: str, cache: Path
+) -> None:
+    dataset, root = DATASETS[name], datasets.data_root()
+    first = open_scenario(dataset, scenario, 0, seed=0, data_root=root, cache_dir=cache)
+    domains = [first.target, *first.sources]
+    assert {d.name: len(d) for d in domains} == SCENARIOS[name, scenario]
+    for domain in domains:
+        assert np.bincount(domain.y, minlength=len(dataset.label_names)).min() > 0
+    assert split_sources(first).leaking == 0
+
+
+@pytest.mark.parametrize("name", sorted(README))
+def test_every_data_set_gives_just_the_scenarios_its_data_carry(name: str, cache: Path) -> None:
+    more = {
+        "dsads": {"cross-position", "cross-device"},
+        "wisdm-51": {"cross-position", "cross-device"},
+    }
+    expected = set() if name == "uci-har" else {"cross-person", "cross-time"} | more.get(name, set())
+    assert set(possible_scenarios(load(name, cache))) == expected
+
+
+def test_common_axes_point_up_and_forward_in_every_member(cache: Path) -> None:
+    """Gravity lies on x standing; lying, on y more than on z, and on neither for nobody but side sleepers."""
+    windows = load("har-common", cache).windows
+    labels = DATASETS["har-common"].label_names
+    for member in DATASETS["har-common"].members:
+        own = np.char.startswith(windows.subject, member)
+        stand, lie = (
+            windows.x[own & (windows.activity == labels.index(label))][:, :3].mean(axis=2)
+            for label in ("standing", "lying")
+        )
+        assert np.median(stand, axis=0)[0] == pytest.approx(9.5, abs=0.5), member
+        upright = np.abs(np.median(lie, axis=0))
+        assert upright[0] < 7.0, member
+        assert np.abs(lie[:, 1]).mean() > np.abs(stand[:, 1]).mean() + 2.0, member
+
+
+def test_strict_units_differ_between_the_members(cache: Path) -> None:
+    windows = load("har-common-strict", cache).windows
+    standing = windows.activity == DATASETS["har-common"].label_names.index("standing")
+    for member, gravity in (("dsads", 9.8), ("usc-had", 1.0), ("hapt", 1.0)):
+        own = windows.x[standing & np.char.startswith(windows.subject, member)][:, :3].mean(axis=2)
+        assert np.median(np.linalg.norm(own, axis=1)) == pytest.approx(gravity, rel=0.05)

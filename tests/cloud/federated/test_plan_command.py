@@ -59,6 +59,7 @@ def test_a_plan_is_built_from_a_training_run(tmp_path: Path) -> None:
     result = {
         "dataset": "simulator",
         "algorithm": "erm",
+        "scenario": "cross-person",
         "target_subjects": ["1"],
         "scenario_seed": 0,
         "split": "random",
