@@ -30,15 +30,18 @@ class _Call:
     needs: tuple[bool, ...]
 
 
-def operation(forward: Forward, backward: Backward, *, values: int, differentiable: int) -> Operation:
+def operation(
+    forward: Forward, backward: Backward, *, values: int, differentiable: int, constants: int = 0
+) -> Operation:
     """Make an operation of a forward and a backward launch.
 
     Args:
         forward: launch; what it returns after ``values`` tensors is kept for the backward launch.
         backward: launch; computes only the gradients that are needed. It is not differentiated again: a second
             derivative raises RuntimeError.
-        values: number of results.
+        values: number of results that have a gradient.
         differentiable: number of leading inputs that have a gradient; the others (labels, weights) have none.
+        constants: number of results after the ``values`` that have no gradient; kept for the backward launch too.
 
     Returns:
         A function of settings (any object that is not a container; shared by all stacked problems) and tensors.
@@ -47,7 +50,7 @@ def operation(forward: Forward, backward: Backward, *, values: int, differentiab
 
     def apply(settings: object, *tensors: Tensor) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = launch.apply(settings, *tensors)  # type: ignore[no-untyped-call]
-        return outputs[:values]
+        return outputs[: values + constants]
 
     return apply
 
