@@ -183,7 +183,7 @@ def test_stacked_runs_are_single_runs(device):
     [
         ("total = total * tl.exp(tl.where(top ==", "total = total + 0.0 * tl.exp(tl.where(top =="),
         ("tl.where(same, s, 0.0)", "tl.where(compared, s, 0.0)"),
-        ("by_lse + problem * M + i, mask=i < M, other=0.0)[:, None] * share", "by_lse + problem * M + i, mask=i < M, other=0.0)[:, None] * share * 0.9"),
+        ("by_lse + problem * M + i, mask=i < M, other=0.0)[:, None] * share", "by_lse + problem * M + i, mask=i < M, other=0.0)[:, None] * share * 0.9"),  # noqa: E501
         ("tl.where(compared & (mine[:, None] == theirs[None, :]), extra, 0.0)", "tl.where(compared, extra, 0.0)"),
         ("by_y += part.transpose(1, 2)", "by_y = part.transpose(1, 2) * 0.9"),
     ],
@@ -200,7 +200,7 @@ def test_a_planted_error_is_found(old, new, device):
     [
         ("tl.maximum(against, 0.0) + tl.log(1.0 + small)", "tl.maximum(against, 0.0) + small"),
         ("tl.where(against > 0.0, 1.0, small)", "tl.where(against > 0.0, small, 1.0)"),
-        ("tl.store(sums + place, tl.sum(slope, 1), mask=row < R)", "tl.store(sums + place, tl.sum(slope, 1) * 0.5, mask=row < R)"),
+        ("tl.store(sums + place, tl.sum(slope, 1), mask=row < R)", "tl.store(sums + place, tl.sum(slope, 1) * 0.5, mask=row < R)"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_a_planted_error_in_the_sigmoid_is_found(old, new, device):
@@ -316,7 +316,7 @@ def test_the_losses_of_two_towers_are_differentiable_by_everything_learnt():
         (lambda z: supervised_contrastive(z, torch.zeros(3)), ShapeError, r"labels must be \(4,\)"),
         (lambda z: supervised_contrastive(z, torch.zeros(4), temperature=0.0), ConfigError, "temperature > 0"),
         (lambda z: supervised_contrastive(z, torch.zeros(4), weight=torch.zeros(3)), ShapeError, "weight must be"),
-        (lambda z: multi_positive(z, z[:, :1], torch.zeros(4), torch.zeros(4), temperature=z.sum()), ShapeError, "rows, F"),
+        (lambda z: multi_positive(z, z[:, :1], torch.zeros(4), torch.zeros(4), temperature=z.sum()), ShapeError, "rows, F"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call, error, says):

@@ -35,7 +35,9 @@ def supervised_contrastive(
 
     "corrected" compares features of unit length and averages over the windows that have a positive. "strict" is the
     published code: features as they are, the largest similarity of a row taken with the row itself, 1e-6 inside the
-    logarithm and beside the counts, and the mean over all windows (specs/ood.md P7). Works under ``torch.func.grad`` and ``vmap``.
+    logarithm and beside the counts, and the mean over all windows (specs/ood.md P7).
+
+    Works under ``torch.func.grad`` and ``vmap``.
 
     Args:
         features: (M, F); memory grows with M F, not M^2, on a GPU, and with M^2 on a processor.

@@ -1,0 +1,263 @@
+"""Aggregates of client updates that a few bad clients cannot move far; the maths is in README.md.
+
+Updates may lie on another device than the one that computes, in a file mapped into memory for example: they are
+taken slice by slice, and memory beside them stays below a quarter of a gibibyte.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+from wearfleet_protos.errors import ConfigError, ShapeError
+
+from wearfleet_cloud.kernels.dispatch import takes_triton
+from wearfleet_cloud.kernels.robust.reference import (
+    median_reference,
+    squared_distances_reference,
+    squared_norms_reference,
+    trimmed_mean_reference,
+    weighted_sum_reference,
+)
+
+__all__ = [
+    "clip_factors",
+    "coordinate_median",
+    "finite_updates",
+    "median_reference",
+    "squared_distances",
+    "squared_distances_reference",
+    "squared_norms",
+    "squared_norms_reference",
+    "trimmed_mean",
+    "trimmed_mean_reference",
+    "weighted_mean",
+    "weighted_sum_reference",
+]
+
+_SLICE_BYTES: Final = 64 << 20
+
+
+def weighted_mean(
+    updates: Tensor, weights: Tensor, *, factors: Tensor | None = None, device: torch.device | None = None
+) -> Tensor:
+    """sum_k w_k f_k u_k / sum_k w_k, added in float64.
+
+    Args:
+        updates: (K, P) float.
+        weights: (K,) not negative, not all 0.
+        factors: (K,) that shorten updates, of ``clip_factors``; None for ones.
+        device: that computes; None for the updates' own.
+
+    Returns:
+        (P,) float32 (float64 for float64 updates), where the updates are.
+
+    Raises:
+        ShapeError: not (K, P), or weights or factors of another length.
+        ConfigError: weights without a positive sum.
+    """
+    _check(updates)
+    for name, tensor in (("weights", weights), ("factors", factors)):
+        if tensor is not None and tensor.shape != updates.shape[:1]:
+            raise ShapeError(f"{name} must be ({len(updates)},), got {tuple(tensor.shape)}")
+    total = float(weights.double().sum())
+    if not total > 0.0 or bool((weights < 0).any()):
+        raise ConfigError("weights must not be negative and must have a positive sum")
+    shares = weights.double() / total
+    if factors is not None:
+        shares = shares * factors.to(shares)
+
+    def part(columns: Tensor) -> Tensor:
+        own = shares.to(columns.device)
+        if takes_triton(columns):
+            from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
+
+            return kernel.weighted_sum_triton(columns, own)
+        return weighted_sum_reference(columns.double(), own)
+
+    return _by_columns(updates, part, device)
+
+
+def coordinate_median(updates: Tensor, *, device: torch.device | None = None) -> Tensor:
+    """Median of every coordinate; of an even number of updates the mean of the middle two.
+
+    Half of the updates, less one, may be anything without moving a coordinate out of the range of the others.
+
+    Args:
+        updates: (K, P) float; a coordinate with a NaN becomes NaN.
+        device: that computes; None for the updates' own.
+
+    Returns:
+        (P,), where the updates are.
+
+    Raises:
+        ShapeError: not (K, P).
+
+    Source: Yin et al. 2018, arXiv:1803.01498, algorithm 1, option I; specs/federated.md 16.
+    """
+    _check(updates)
+
+    def part(columns: Tensor) -> Tensor:
+        if takes_triton(columns):
+            from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
+
+            if len(columns) <= kernel.MOST_UPDATES:
+                return kernel.median_triton(columns)
+        return median_reference(columns)
+
+    return _by_columns(updates, part, device)
+
+
+def trimmed_mean(updates: Tensor, trim: int, *, device: torch.device | None = None) -> Tensor:
+    """Mean of every coordinate without its ``trim`` smallest and its ``trim`` largest values.
+
+    Args:
+        updates: (K, P) float; a coordinate with a NaN becomes NaN.
+        trim: at least 0, below K / 2: floor(beta K) for a share of beta.
+        device: that computes; None for the updates' own.
+
+    Returns:
+        (P,), where the updates are.
+
+    Raises:
+        ShapeError: not (K, P).
+        ConfigError: nothing would be left.
+
+    Source: Yin et al. 2018, arXiv:1803.01498, algorithm 1, option II; specs/federated.md 16.
+    """
+    _check(updates)
+    if not 0 <= 2 * trim < len(updates):
+        raise ConfigError(
+            f"of {len(updates)} updates 0 to {(len(updates) - 1) // 2} can be trimmed at each end, not {trim}"
+        )
+
+    def part(columns: Tensor) -> Tensor:
+        if takes_triton(columns):
+            from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
+
+            if len(columns) <= kernel.MOST_UPDATES:
+                return kernel.trimmed_mean_triton(columns, trim)
+        return trimmed_mean_reference(columns, trim)
+
+    return _by_columns(updates, part, device)
+
+
+def squared_distances(updates: Tensor, *, device: torch.device | None = None) -> Tensor:
+    """Squared distances between all pairs of updates, from their differences: what Krum ranks.
+
+    Never |a|^2 + |b|^2 - 2 a b, which loses the distance of two updates that are nearly equal.
+
+    Args:
+        updates: (K, P) float.
+        device: that computes; None for the updates' own.
+
+    Returns:
+        (K, K) float64 symmetric, 0 on the diagonal, where the updates are.
+
+    Raises:
+        ShapeError: not (K, P).
+
+    Source: Blanchard et al. 2017 (Krum), section 4; specs/federated.md 16.
+    """
+    _check(updates)
+    total = torch.zeros((len(updates), len(updates)), dtype=torch.float64, device=device or updates.device)
+    for _, columns in _slices(updates, device):
+        if takes_triton(columns):
+            from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
+
+            total += kernel.squared_distances_triton(columns)
+        else:
+            exact = columns.double()
+            total += torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return total.to(updates.device)
+
+
+def squared_norms(updates: Tensor, *, device: torch.device | None = None) -> Tensor:
+    """|u_k|^2 of every update, added in float64.
+
+    Args:
+        updates: (K, P) float.
+        device: that computes; None for the updates' own.
+
+    Returns:
+        (K,) float64, where the updates are; NaN or infinite for an update that is not finite.
+
+    Raises:
+        ShapeError: not (K, P).
+    """
+    _check(updates)
+    total = torch.zeros((len(updates),), dtype=torch.float64, device=device or updates.device)
+    for _, columns in _slices(updates, device):
+        if takes_triton(columns):
+            from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
+
+            total += kernel.squared_norms_triton(columns)
+        else:
+            total += squared_norms_reference(columns.double())
+    return total.to(updates.device)
+
+
+def clip_factors(updates: Tensor, bound: float, *, device: torch.device | None = None) -> Tensor:
+    """min(1, bound / |u_k|): what brings every update to a length of at most ``bound``.
+
+    Args:
+        updates: (K, P) float, finite.
+        bound: above 0.
+        device: that computes; None for the updates' own.
+
+    Returns:
+        (K,) float64; 1 for an update of length 0.
+
+    Raises:
+        ShapeError: not (K, P).
+        ConfigError: the bound is not above 0.
+    """
+    if not bound > 0.0:
+        raise ConfigError(f"the bound of a norm must be above 0, got {bound}")
+    norms = squared_norms(updates, device=device).sqrt()
+    return (bound / norms.clamp(min=1e-300)).clamp(max=1.0)
+
+
+def finite_updates(updates: Tensor, *, device: torch.device | None = None) -> Tensor:
+    """Which updates hold only finite numbers: ask before any rule, since a NaN is smaller and larger than nothing.
+
+    Args:
+        updates: (K, P) float.
+        device: that computes; None for the updates' own.
+
+    Returns:
+        (K,) bool, where the updates are.
+
+    Raises:
+        ShapeError: not (K, P).
+    """
+    _check(updates)
+    found = torch.ones((len(updates),), dtype=torch.bool, device=device or updates.device)
+    for _, columns in _slices(updates, device):
+        found &= columns.isfinite().all(dim=1)
+    return found.to(updates.device)
+
+
+def _check(updates: Tensor) -> None:
+    if updates.dim() != 2 or 0 in updates.shape or not updates.is_floating_point():
+        raise ShapeError(
+            "updates must be float (clients, parameters), at least one each, got "
+            f"{tuple(updates.shape)} {updates.dtype}"
+        )
+
+
+def _slices(updates: Tensor, device: torch.device | None) -> Iterator[tuple[slice, Tensor]]:
+    """Columns of the updates on the device that computes; parameters lie side by side."""
+    width = max(1, _SLICE_BYTES // (len(updates) * updates.element_size()))
+    for begin in range(0, updates.shape[1], width):
+        place = slice(begin, min(begin + width, updates.shape[1]))
+        columns = updates[:, place].to(device or updates.device)
+        yield place, columns if columns.stride(1) == 1 else columns.contiguous()
+
+
+def _by_columns(updates: Tensor, part: Callable[[Tensor], Tensor], device: torch.device | None) -> Tensor:
+    dtype = torch.promote_types(updates.dtype, torch.float32)
+    out = torch.empty(updates.shape[1:], dtype=dtype, device=updates.device)
+    for place, columns in _slices(updates, device):
+        out[place] = part(columns).to(out)
+    return out
