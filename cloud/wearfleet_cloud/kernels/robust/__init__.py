@@ -35,7 +35,8 @@ __all__ = [
     "weighted_sum_reference",
 ]
 
-_SLICE_BYTES: Final = 64 << 20
+_SLICE_BYTES: Final = 64 << 20  # of a GPU
+_CACHE_BYTES: Final = 1 << 20  # of a processor: what follows reads the slice from its cache
 
 
 def weighted_mean(
@@ -73,7 +74,7 @@ def weighted_mean(
             from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
 
             return kernel.weighted_sum_triton(columns, own)
-        return weighted_sum_reference(columns.double(), own)
+        return own @ columns.double()
 
     return _by_columns(updates, part, device)
 
@@ -248,11 +249,13 @@ def _check(updates: Tensor) -> None:
 
 def _slices(updates: Tensor, device: torch.device | None) -> Iterator[tuple[slice, Tensor]]:
     """Columns of the updates on the device that computes; parameters lie side by side."""
-    width = max(1, _SLICE_BYTES // (len(updates) * updates.element_size()))
+    place = device or updates.device
+    budget = _SLICE_BYTES if place.type == "cuda" else _CACHE_BYTES
+    width = max(1, budget // (len(updates) * updates.element_size()))
     for begin in range(0, updates.shape[1], width):
-        place = slice(begin, min(begin + width, updates.shape[1]))
-        columns = updates[:, place].to(device or updates.device)
-        yield place, columns if columns.stride(1) == 1 else columns.contiguous()
+        part = slice(begin, min(begin + width, updates.shape[1]))
+        columns = updates[:, part].to(place)
+        yield part, columns if columns.stride(1) == 1 else columns.contiguous()
 
 
 def _by_columns(updates: Tensor, part: Callable[[Tensor], Tensor], device: torch.device | None) -> Tensor:
