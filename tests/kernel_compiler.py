@@ -2,11 +2,11 @@
 
 Run as a program in a process of its own, because Triton decides once for a process whether it interprets:
 
-    python tests/kernel_compiler.py [OPERATION...]
+    python tests/kernel_compiler.py [--first] [OPERATION...]
 
-It calls every operation of ``tests/benchmarks/kernels`` at its benchmark shapes, forward and backward, and prints one JSON
-line for each kernel that was compiled: registers, stack, shared memory and spilled bytes. A kernel that does not
-compile ends the program with Triton's message.
+It calls every operation of ``tests/benchmarks/kernels`` at its benchmark shapes (with ``--first`` one wearable and one
+large shape), forward and backward, and prints one JSON line for each kernel that was compiled: registers, stack,
+shared memory. A kernel that does not compile ends the program with Triton's message.
 """
 
 from __future__ import annotations
@@ -93,23 +93,24 @@ def main() -> None:
     dispatch.takes_triton = lambda *_: True
     from bench_kernels import find_cases  # imports the operations, which import the rule of dispatch
 
-    for case in find_cases(sys.argv[1:]):
-        for sizes in (*case.wearable.values(), *case.large.values()):
-            for dtype in (torch.float32, torch.bfloat16):
-                before = set(compiler.found)
-                leaves, others = case.make(sizes, dtype, torch.Generator().manual_seed(0))
-                leaves = tuple(leaf.detach().requires_grad_(not case.no_backward) for leaf in leaves)
-                value = case.ours(*leaves, *others).sum()
-                if not case.no_backward:
-                    torch.autograd.grad(value, leaves)
-                for key in compiler.found.keys() - before:
-                    facts = {
-                        "operation": case.name,
-                        "sizes": dict(sizes),
-                        "dtype": str(dtype),
-                        **compiler.found[key],
-                    }
-                    print(json.dumps(facts), flush=True)
+    for case in find_cases([word for word in sys.argv[1:] if word != "--first"]):
+        for shapes in (case.wearable, case.large):
+            for sizes in list(shapes.values())[: 1 if "--first" in sys.argv else None]:
+                for dtype in (torch.float32, torch.bfloat16):
+                    compile_case(compiler, case, sizes, dtype)
+
+
+def compile_case(compiler: Compiler, case: Any, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """Call an operation once, forward and backward, and print what was compiled for it."""
+    before = set(compiler.found)
+    leaves, others = case.make(sizes, dtype, torch.Generator().manual_seed(0))
+    leaves = tuple(leaf.detach().requires_grad_(not case.no_backward) for leaf in leaves)
+    value = case.ours(*leaves, *others).sum()
+    if not case.no_backward:
+        torch.autograd.grad(value, leaves)
+    for key in compiler.found.keys() - before:
+        facts = {"operation": case.name, "sizes": dict(sizes), "dtype": str(dtype), **compiler.found[key]}
+        print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

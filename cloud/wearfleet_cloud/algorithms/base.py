@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from wearfleet_models import Classifier, randomness
 
+from wearfleet_cloud.kernels.soft_cross_entropy import soft_cross_entropy
 from wearfleet_cloud.training.optimisers import Optimiser
 
 __all__ = [
@@ -240,10 +240,7 @@ def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Te
     Returns:
         ().
     """
-    if weight is None:
-        return F.cross_entropy(logits, y)
-    losses = F.cross_entropy(logits, y, reduction="none")
-    return (losses * weight).sum() / torch.clamp(weight.sum(), min=1e-12)
+    return domain_risks(logits[None], y[None], None if weight is None else weight[None])[0]
 
 
 def domain_risks(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -257,10 +254,7 @@ def domain_risks(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Ten
     Returns:
         (D,).
     """
-    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").reshape(y.shape)
-    if weight is None:
-        return losses.mean(dim=1)
-    return (losses * weight).sum(dim=1) / torch.clamp(weight.sum(dim=1), min=1e-12)
+    return soft_cross_entropy(logits, y, weight=weight)
 
 
 def accuracy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:

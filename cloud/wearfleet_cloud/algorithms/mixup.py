@@ -16,11 +16,11 @@ from wearfleet_cloud.algorithms.base import (
     Tensors,
     accuracy,
     call,
-    cross_entropy,
     descend,
     initial_state,
     pooled,
 )
+from wearfleet_cloud.kernels.soft_cross_entropy import soft_cross_entropy
 from wearfleet_cloud.training.optimisers import Optimiser
 
 __all__ = ["Mixed", "Mixup", "mix"]
@@ -96,9 +96,10 @@ class Mixup:
             for group in range(groups):
                 weight = None if mixed.weight is None else mixed.weight[group]
                 logits, buffers = call(self.model, params, buffers, mixed.x[group], weight, keys[group])
-                for share, y in ((mixed.lam[group], mixed.y), (1.0 - mixed.lam[group], mixed.other)):
-                    loss = loss + share * cross_entropy(logits, y[group], weight)
-                    right = right + share * accuracy(logits, y[group], weight)
+                y, other, share = mixed.y[group], mixed.other[group], mixed.lam[group]
+                loss = loss + _mixed_risk(logits, y, other, share, weight)
+                right = right + share * accuracy(logits, y, weight)
+                right = right + (1.0 - share) * accuracy(logits, other, weight)
             return loss / groups, ({"accuracy": right / groups}, buffers)
 
         return descend(objective, state, self.optimiser, hyper["lr"])
@@ -130,6 +131,12 @@ def mix(first: Batch, second: Batch, lam: Tensor) -> Mixed:
     x = share * first.x + (1.0 - share) * second.x
     weight = None if first.weight is None or second.weight is None else first.weight * second.weight
     return Mixed(x, first.y, second.y, lam, weight)
+
+
+def _mixed_risk(logits: Tensor, y: Tensor, other: Tensor, share: Tensor, weight: Tensor | None) -> Tensor:
+    """Share CE(logits, y) + (1 - share) CE(logits, other), the mean over windows (B,): ()."""
+    weights = None if weight is None else weight[None]
+    return soft_cross_entropy(logits[None], y[None], other=other[None], share=share[None], weight=weights)[0]
 
 
 def _take(batch: Batch, order: Tensor, axis: int) -> Batch:

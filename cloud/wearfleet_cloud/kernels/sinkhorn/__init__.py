@@ -68,7 +68,8 @@ def transport_loss(
         from wearfleet_cloud.kernels.sinkhorn import kernel  # noqa: PLC0415  only where Triton is
 
         return kernel.transport_triton(x, y, a, b, prior, epsilon, mass, iterations, metric)[0]
-    return transport_reference(x, y, a, b, prior, epsilon, mass, iterations, metric)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return transport_reference(x.to(wide), y.to(wide), a, b, prior, epsilon, mass, iterations, metric)
 
 
 def transport_plan(

@@ -25,8 +25,14 @@ LEAST_DISTANCE: Final = 1e-6
 
 
 def costs(x: Tensor, y: Tensor, metric: Metric, prior: Tensor | None = None) -> Tensor:
-    """|x_i - y_j|^2 or |x_i - y_j|, plus the prior: (Q, N, F), (Q, M, F) -> (Q, N, M)."""
-    squares = (x[:, :, None] - y[:, None]).square().sum(dim=-1)
+    """|x_i - y_j|^2 or |x_i - y_j|, plus the prior: (Q, N, F), (Q, M, F) -> (Q, N, M).
+
+    From products of points around the mean of x: rounding grows with the spread of the points, not with their offset.
+    """
+    middle = x.detach().mean(dim=1, keepdim=True)
+    x, y = x - middle, y - middle
+    squares = x.square().sum(dim=2)[:, :, None] + y.square().sum(dim=2)[:, None] - 2.0 * x @ y.transpose(1, 2)
+    squares = squares.clamp(min=0.0)
     if metric == "euclidean":
         squares = squares.clamp(min=LEAST_DISTANCE**2).sqrt()
     return squares if prior is None else squares + prior
