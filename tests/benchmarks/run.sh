@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark of stage 1, one after the other, on a machine that does nothing else. Results: docs/results/cpu/.
+# Every benchmark that needs no GPU, one after the other, on a machine that does nothing else. Results: docs/results/cpu/.
 # FLOWER_PYTHON=path uses an environment with Flower 1.41 that is there; otherwise .venv-flower is made.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -17,3 +17,5 @@ run bench_edge --out "$results/edge.json"
 run bench_plan --csv "$results/plan.csv"
 run bench_training --csv "$results/training.csv"
 run bench_page > "$results/page.jsonl"
+run kernels/bench_kernels --device cpu --only coral margin gradient_variance --sizes wearable --dtypes float32 \
+  --without-compile --seconds 0.3 --csv "$results/kernels.csv"

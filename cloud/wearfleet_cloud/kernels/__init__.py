@@ -1,1 +1,1 @@
-"""Hot inner computations: in each folder a slow obvious reference and faster forms of the same function."""
+"""Hot inner computations: in each folder an obvious reference, a form for processors, Triton for GPUs, and the maths."""
