@@ -1,1 +1,1 @@
-"""Hot inner computations: in each folder an obvious reference, a form for processors, Triton for GPUs, and the maths."""
+"""Hot inner computations: a folder each, with an obvious reference, a processor form, Triton, and the maths."""
