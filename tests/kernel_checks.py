@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -72,7 +73,7 @@ def planted(module: ModuleType, old: str, new: str) -> ModuleType:
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__name__}"
     folder = Path(__file__).resolve().parents[1] / "runs" / "planted"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"planted_{module.__name__.replace('.', '_')}_{abs(hash((old, new))):x}"
+    name = f"planted_{module.__name__.replace('.', '_')}_{zlib.crc32(f"{old}{new}".encode()):x}"
     path = folder / f"{name}.py"
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location(name, path)
