@@ -73,7 +73,8 @@ def planted(module: ModuleType, old: str, new: str) -> ModuleType:
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__name__}"
     folder = Path(__file__).resolve().parents[1] / "runs" / "planted"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"planted_{module.__name__.replace('.', '_')}_{zlib.crc32(f"{old}{new}".encode()):x}"
+    mark = zlib.crc32((old + new).encode())
+    name = f"planted_{module.__name__.replace('.', '_')}_{mark:x}"
     path = folder / f"{name}.py"
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location(name, path)
