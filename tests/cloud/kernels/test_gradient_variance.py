@@ -11,8 +11,12 @@ from wearfleet_cloud.kernels.gradient_variance import (
     gradient_variance_closed,
     gradient_variance_reference,
     kernel,  # the Triton kernels, called directly: on a CPU they run in Triton's interpreter
+    moving_variance,
 )
-from wearfleet_protos.errors import ShapeError
+from wearfleet_protos.errors import ConfigError, ShapeError
+
+FUNCTIONS = pytest.mark.parametrize("function", [kernel.gradient_variance_triton, gradient_variance_closed])
+SHAPES = [(1, 1, 1, 1), (1, 2, 63, 2), (3, 63, 17, 6), (2, 129, 64, 19), (4, 33, 129, 3)]
 
 
 def make(domains, windows, width, classes, *, dtype=torch.float32, weighted=True, scale=1.0, seed=0):
@@ -65,11 +69,10 @@ def check(function, problem, device):
         assert_within(gradient, expected, bound, "gradient")
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (1, 2, 63, 2), (3, 63, 17, 6), (2, 129, 64, 19), (4, 33, 129, 3)]
-)
-def test_the_kernel_is_the_reference(shape, device):
-    check(kernel.gradient_variance_triton, make(*shape), device)
+@FUNCTIONS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_fast_ways_are_the_reference(shape, function, device):
+    check(function, make(*shape), device)
 
 
 @pytest.mark.slow
@@ -77,37 +80,43 @@ def test_the_kernel_is_the_reference_for_many_windows(device):
     check(kernel.gradient_variance_triton, make(2, 1023, 40, 6), device)
 
 
-def test_the_closed_form_is_the_reference():
-    check(gradient_variance_closed, make(3, 33, 17, 6), torch.device("cpu"))
+@FUNCTIONS
+def test_without_weights(function, device):
+    check(function, make(3, 33, 17, 6, weighted=False), device)
 
 
-def test_without_weights(device):
-    check(kernel.gradient_variance_triton, make(3, 33, 17, 6, weighted=False), device)
+@FUNCTIONS
+def test_bfloat16_is_rounded_only_on_the_way_in_and_out(function, device):
+    check(function, make(2, 33, 17, 6, dtype=torch.bfloat16), device)
 
 
-def test_bfloat16_is_rounded_only_on_the_way_in_and_out(device):
-    check(kernel.gradient_variance_triton, make(2, 33, 17, 6, dtype=torch.bfloat16), device)
-
-
+@FUNCTIONS
 @pytest.mark.parametrize("scale", [1e4, 1e-40])
-def test_extreme_features(scale, device):
-    check(kernel.gradient_variance_triton, make(2, 17, 9, 4, scale=scale), device)
+def test_extreme_features(scale, function, device):
+    check(function, make(2, 17, 9, 4, scale=scale), device)
 
 
-def test_features_that_are_not_contiguous(device):
+@FUNCTIONS
+def test_extreme_logits(function, device):
+    (features, logits), others, upstream = make(2, 17, 9, 4)
+    check(function, ((features, 1e4 * logits), others, upstream), device)
+
+
+@FUNCTIONS
+def test_features_that_are_not_contiguous(function, device):
     (features, logits), others, upstream = make(2, 17, 9, 4)
     other = features.transpose(0, 2).contiguous().transpose(0, 2)
-    check(kernel.gradient_variance_triton, ((other, logits), others, upstream), device)
+    check(function, ((other, logits), others, upstream), device)
 
 
-def test_padding_may_hold_anything(device):
+@FUNCTIONS
+def test_padding_may_hold_anything(function, device):
     (features, logits), (labels, _), upstream = make(2, 6, 5, 3)
     weight = torch.ones(2, 6)
     weight[:, 4:] = 0.0
     spoilt = [t.clone() for t in (features, logits)]
     for tensor in spoilt:
         tensor[:, 4:] = float("nan")
-    function = kernel.gradient_variance_triton
     value, gradients = value_and_gradients(
         lambda *v: (function(*v) * upstream.to(device)).sum(),
         [t.to(device) for t in spoilt],
@@ -123,7 +132,7 @@ def test_padding_may_hold_anything(device):
         assert (gradient[:, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("function", [kernel.gradient_variance_triton, gradient_variance_closed])
+@FUNCTIONS
 def test_a_domain_without_weight_and_a_class_without_windows(function, device):
     (features, logits), _, _ = make(2, 6, 5, 4)
     labels, weight = torch.zeros(2, 6, dtype=torch.int64), torch.ones(2, 6)
@@ -134,7 +143,7 @@ def test_a_domain_without_weight_and_a_class_without_windows(function, device):
 
 
 def test_the_reference_is_the_variance_of_gradients_by_autograd():
-    (features, logits), (labels, _), _ = make(2, 5, 3, 4, weighted=False)
+    (features, _), (labels, _), _ = make(2, 5, 3, 4, weighted=False)
     generator = torch.Generator().manual_seed(1)
     weights, bias = (
         torch.randn(4, 3, generator=generator).double(),
@@ -150,7 +159,6 @@ def test_the_reference_is_the_variance_of_gradients_by_autograd():
     expected = torch.cat([by_weights, by_bias[..., None]], -1).var(1, correction=0)
     found = gradient_variance_reference(z, z @ weights.T + bias, labels)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    assert logits.shape[-1] == 4
 
 
 def test_the_reference_is_differentiable():
@@ -168,13 +176,29 @@ def test_equal_domains_cost_nothing_and_one_domain_neither():
     assert fishr_penalty(found[:1]).item() == 0.0
 
 
-def test_stacked_runs_are_single_runs(device):
+def test_the_moving_average_of_equal_batches_fills_up_by_the_power_of_its_decay():
+    leaves, (labels, weight), _ = make(2, 9, 5, 3)
+    variances = gradient_variance(*(t.double() for t in leaves), labels, weight).requires_grad_()
+    average = torch.zeros_like(variances)
+    for _ in range(7):
+        average = moving_variance(average, variances, 0.9)
+    torch.testing.assert_close(average, (1 - 0.9**7) * variances, rtol=1e-12, atol=1e-15)
+    (slope,) = torch.autograd.grad((average / (1 - 0.9)).sum(), variances)
+    torch.testing.assert_close(slope, torch.ones_like(slope), rtol=1e-12, atol=0)
+
+
+def test_the_order_of_domains_does_not_matter():
+    leaves, (labels, weight), _ = make(4, 9, 5, 3)
+    found = gradient_variance(*(t.double() for t in leaves), labels, weight)
+    torch.testing.assert_close(fishr_penalty(found.flip(0)), fishr_penalty(found), rtol=1e-12, atol=0)
+
+
+@FUNCTIONS
+def test_stacked_runs_are_single_runs(function, device):
     runs = [make(2, 9, 5, 3, seed=seed) for seed in range(3)]
 
     def gradients(z, logits, labels, weight):
-        return grad(
-            lambda a, b: fishr_penalty(kernel.gradient_variance_triton(a, b, labels, weight)), (0, 1)
-        )(z, logits)
+        return grad(lambda a, b: fishr_penalty(function(a, b, labels, weight)), (0, 1))(z, logits)
 
     tensors = [tuple(t.to(device) for t in (*leaves, *others)) for leaves, others, _ in runs]
     found = vmap(gradients)(*(torch.stack(parts) for parts in zip(*tensors, strict=True)))
@@ -217,3 +241,12 @@ def test_bad_input_is_named(change, says):
     }
     with pytest.raises(ShapeError, match=says):
         gradient_variance(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("previous", "decay", "error", "says"),
+    [((2, 3, 4), 0.9, ShapeError, "must be as variances"), ((2, 3, 5), 1.0, ConfigError, "below 1")],
+)
+def test_a_moving_average_that_cannot_be_is_named(previous, decay, error, says):
+    with pytest.raises(error, match=says):
+        moving_variance(torch.zeros(previous), torch.zeros(2, 3, 5), decay)

@@ -19,7 +19,7 @@ from wearfleet_cloud.kernels.margin import (
 )
 from wearfleet_protos.errors import ConfigError, ShapeError
 
-CPU = torch.device("cpu")
+FUNCTIONS = pytest.mark.parametrize("function", [kernel.large_margin_triton, large_margin_closed])
 
 
 def make(windows, classes, labels=2, *, width=5, dtype=torch.float32, scale=1.0, seed=0):
@@ -32,8 +32,11 @@ def make(windows, classes, labels=2, *, width=5, dtype=torch.float32, scale=1.0,
     return logits, weight @ weight.T, wanted, torch.randn(windows, labels, generator=generator)
 
 
-def conditions(logits, gram, labels):
-    """Sum of the sizes of a squared norm's terms over the norm, the largest of each window; and the smallest norm."""
+def conditions(logits, gram, labels, floor):
+    """Sum of the sizes of a squared norm's terms over that norm (or the floor's square), the largest of each window.
+
+    And the smallest norm of each window.
+    """
     p, gram = torch.softmax(logits.double(), -1), gram.double()
     q = p @ gram.abs()
     worst = torch.zeros(len(p), 1, dtype=torch.float64)
@@ -54,7 +57,7 @@ def conditions(logits, gram, labels):
         exact = exact + (own - p) ** 2 * (p * mean).sum(1)[:, None] - 2 * own * p * gram[label]
         exact = exact - 2 * own * (own - p) * mean.gather(1, label[:, None]) + 2 * p * (own - p) * mean
         rivals = torch.ones_like(p).scatter(1, label[:, None], 0.0) > 0
-        growth = torch.where(rivals, terms / exact.clamp(min=1e-30), 0.0)
+        growth = torch.where(rivals, terms / exact.clamp(min=max(floor, 1e-15) ** 2), 0.0)
         worst = torch.maximum(worst, growth.max(1, keepdim=True).values)
         smallest = torch.minimum(smallest, torch.where(rivals, exact, torch.inf).min(1, keepdim=True).values)
     return worst, smallest.clamp(min=0).sqrt()
@@ -85,17 +88,23 @@ def check(function, problem, settings, device):
     _, (found_slope,) = value_and_gradients(found_sum, [logits.to(device)])
     classes = logits.shape[1]
     step = EPS32 * (classes + 8 + 4 * logits.double().abs().max().item())
-    growth, norm = conditions(logits, gram, labels)
+    growth, norm = conditions(logits, gram, labels, floor)
     relative = step + 0.5 * growth * (3 * step + 2 * classes * EPS32)
     assert_within(found.float(), exact, 2 * relative / norm.clamp(min=max(floor, 1e-8)), "loss")
     size = labels.shape[1] * upstream.abs().max().item() / norm.clamp(min=max(floor, 1e-8))
     assert_within(found_slope, slope, 2 * size * (relative + classes * EPS32), "gradient")
 
 
+@FUNCTIONS
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("shape", [(1, 2, 1), (2, 3, 2), (63, 6, 2), (129, 19, 2)])
-def test_the_kernel_is_the_closed_form(aggregation, shape, device):
-    check(kernel.large_margin_triton, make(*shape), (10.0, 2, aggregation, 0.0), device)
+def test_float32_is_the_closed_form_in_float64(aggregation, shape, function, device):
+    check(function, make(*shape), (10.0, 2, aggregation, 0.0), device)
+
+
+@pytest.mark.parametrize("classes", [17, kernel.MOST_CLASSES])
+def test_many_classes(classes, device):
+    check(kernel.large_margin_triton, make(9, classes), (10.0, 5, "mean", 0.0), device)
 
 
 @pytest.mark.slow
@@ -114,31 +123,47 @@ def test_the_clip_stops_the_gradient(aggregation, device):
     assert found.max() <= 0.15 + 1e-6
 
 
-def test_bfloat16_is_rounded_only_on_the_way_in_and_out(device):
-    check(kernel.large_margin_triton, make(33, 6, dtype=torch.bfloat16), (10.0, 2, "mean", 0.0), device)
+@FUNCTIONS
+def test_bfloat16_is_rounded_only_on_the_way_in_and_out(function, device):
+    check(function, make(33, 6, dtype=torch.bfloat16), (10.0, 2, "mean", 0.0), device)
 
 
+@FUNCTIONS
 @pytest.mark.parametrize("scale", [1e4, 1e-40])
-def test_extreme_logits_stay_finite(scale, device):
-    logits, gram, labels, _ = make(17, 6, scale=scale)
-    value, (slope,) = value_and_gradients(
-        lambda x: kernel.large_margin_triton(
-            x, gram.to(device), labels.to(device), 10.0, 2, "mean", 1e-3
-        ).sum(),
-        [logits.to(device)],
-    )
-    assert value.isfinite()
-    assert slope.isfinite().all()
+def test_extreme_logits(scale, function, device):
+    """All rivals are chosen: probabilities that differ in float64 are equal in float32."""
+    check(function, make(17, 6, scale=scale), (10.0, 5, "mean", 1e-3), device)
 
 
-def test_logits_that_are_not_contiguous(device):
+@FUNCTIONS
+def test_logits_that_are_not_contiguous(function, device):
+    logits, *others = make(17, 6)
+    check(function, (logits.T.contiguous().T, *others), (10.0, 2, "mean", 0.0), device)
+
+
+@FUNCTIONS
+def test_a_class_that_no_window_has(function, device):
     logits, gram, labels, upstream = make(17, 6)
-    check(
-        kernel.large_margin_triton,
-        (logits.T.contiguous().T, gram, labels, upstream),
-        (10.0, 2, "mean", 0.0),
-        device,
+    check(function, (logits, gram, labels.clamp(max=4), upstream), (10.0, 5, "mean", 0.0), device)
+
+
+def test_the_definition_is_differentiable_where_its_norm_is_constant():
+    """A floor above every norm: only then is the gradient, which takes norms as constants, that of the value."""
+    generator = torch.Generator().manual_seed(0)
+    z, w, c = (
+        torch.randn(*shape, generator=generator).double().requires_grad_() for shape in ((5, 3), (4, 3), (4,))
     )
+    labels = torch.randint(0, 4, (5, 2), generator=generator)
+    for aggregation in AGGREGATIONS:
+        assert torch.autograd.gradcheck(
+            lambda *v, kind=aggregation: large_margin_reference(*v, labels, 1.0, 2, kind, 1e3), (z, w, c)
+        )
+
+
+def test_the_replaced_cross_entropy_is_differentiable():
+    logits, _, labels, _ = make(5, 4, 1)
+    values = logits.double().requires_grad_(), logits[:, 1].double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *v: replaced_cross_entropy_reference(*v, labels[:, 0]), values)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -171,11 +196,16 @@ def test_the_distance_grows_with_the_features_and_not_with_the_classifier():
     )  # 1e-8 is added to norms of 1e-3 and more
 
 
-def test_stacked_runs_are_single_runs(device):
+@pytest.mark.parametrize(
+    ("function", "dtype"), [(kernel.large_margin_triton, torch.float32), (large_margin_closed, torch.float64)]
+)
+def test_stacked_runs_are_single_runs(function, dtype, device):
+    """The kernel does the same arithmetic; the library's stacked products may add in another order, hence float64."""
     runs = [make(9, 5, seed=seed)[:3] for seed in range(3)]
+    runs = [(logits.to(dtype), gram.to(dtype), labels) for logits, gram, labels in runs]
 
     def slope(logits, gram, labels):
-        return grad(lambda x: kernel.large_margin_triton(x, gram, labels, 10.0, 2, "mean", 0.0).sum())(logits)
+        return grad(lambda x: function(x, gram, labels, 10.0, 2, "mean", 0.0).sum())(logits)
 
     stacked = [torch.stack(parts).to(device) for parts in zip(*runs, strict=True)]
     found = vmap(slope)(*stacked)
@@ -314,6 +344,41 @@ def test_the_angular_losses_are_differentiable(function):
     assert torch.autograd.gradcheck(lambda a, b: function(a, b, y), (z.requires_grad_(), w.requires_grad_()))
 
 
+@pytest.mark.parametrize("loss", [additive_angular, large_margin_softmax])
+def test_stacked_angular_runs_are_single_runs(loss, device):
+    generator = torch.Generator().manual_seed(0)
+    z, w = (torch.randn(3, n, 4, generator=generator).to(device) for n in (7, 5))
+    y = torch.randint(0, 5, (3, 7), generator=generator).to(device)
+
+    def slopes(features, weight, labels):
+        return grad(lambda a, b: loss(a, b, labels).sum(), (0, 1))(features, weight)
+
+    for found, expected in zip(vmap(slopes)(z, w, y), zip(*map(slopes, z, w, y), strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_features_meet_trigonometry_in_float32(device):
+    """Two unit vectors of three roundings each, a product of one and a logit of one: 8 x 2^-9 x scale a logit.
+
+    The label's angle multiplies its cosine's error by at most 1 + |cot theta|; a cross-entropy errs by at most twice
+    the largest error of a logit.
+    """
+    z, w, y = (t.to(device) for t in angles(windows=16, width=8))
+    z, w = z.bfloat16(), w.bfloat16()
+    exact = additive_angular(z.double(), w.double(), y, scale=4.0)
+    cosine = torch.nn.functional.cosine_similarity(z.double(), w.double()[y])
+    growth = 1 + (cosine / (1 - cosine**2).sqrt()).abs()
+    assert_within(additive_angular(z, w, y, scale=4.0), exact.cpu(), (2 * 4.0 * 2**-6 * growth).cpu(), "loss")
+    straight = large_margin_softmax(
+        w, w, torch.arange(len(w), device=device)
+    )  # angle 0, where arccos has no slope
+    assert straight.dtype == torch.float32
+    _, slopes = value_and_gradients(
+        lambda a: large_margin_softmax(a, w, torch.arange(len(w), device=device)), [w]
+    )
+    assert slopes[0].isfinite().all()
+
+
 ZEROS = torch.zeros
 
 
@@ -351,5 +416,19 @@ def test_the_processor_path_of_the_public_function():
     weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     found = large_margin(logits, weight, labels, gamma=2.0, top_k=9)
     torch.testing.assert_close(
-        found, large_margin_closed(logits, weight @ weight.T, labels, 2.0, 4, "mean", 0.0)
+        found,
+        large_margin_closed(logits, weight @ weight.T, labels, 2.0, 4, "mean", 0.0),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_what_all_rows_of_the_classifier_share_does_not_matter():
+    """The norms see differences of rows alone, and so does the arithmetic: 1e3 added to each costs no digits."""
+    logits, _, labels, _ = make(9, 5)
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    shifted = weight + 1e3
+    exact = large_margin(logits.double(), shifted.double(), labels, gamma=1e9)
+    torch.testing.assert_close(
+        large_margin(logits, shifted, labels, gamma=1e9).double(), exact, rtol=1e-4, atol=1e-5
     )

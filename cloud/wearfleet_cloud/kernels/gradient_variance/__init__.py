@@ -1,7 +1,7 @@
 """How much the classifier's gradient varies over the windows of each domain; the maths is in README.md."""
 
 from torch import Tensor
-from wearfleet_protos.errors import ShapeError
+from wearfleet_protos.errors import ConfigError, ShapeError
 
 from wearfleet_cloud.kernels.dispatch import takes_triton
 from wearfleet_cloud.kernels.gradient_variance.closed_form import gradient_variance_closed
@@ -12,6 +12,7 @@ __all__ = [
     "gradient_variance",
     "gradient_variance_closed",
     "gradient_variance_reference",
+    "moving_variance",
 ]
 
 
@@ -26,10 +27,10 @@ def gradient_variance(
         features: (D, B, F) input of the classifier.
         logits: (D, B, K) its output.
         labels: (D, B) int64.
-        weight: (D, B) of every window, 0 for padding, None for ones; has no gradient.
+        weight: (D, B) of every window, 0 for padding, which may hold anything; None for ones; has no gradient.
 
     Returns:
-        (D, K, F + 1), the last column for the bias; 0 for a domain whose windows all have weight 0.
+        (D, K, F + 1), float32 or wider, the last column for the bias; 0 for a domain whose windows all have weight 0.
 
     Raises:
         ShapeError: shapes that do not fit each other.
@@ -50,6 +51,36 @@ def gradient_variance(
         if logits.shape[-1] <= kernel.MOST_CLASSES:
             return kernel.gradient_variance_triton(features, logits, labels, weight)
     return gradient_variance_closed(features, logits, labels, weight)
+
+
+def moving_variance(previous: Tensor, variances: Tensor, decay: float) -> Tensor:
+    """One step of the exponential moving average over which Fishr compares domains; the past has no gradient.
+
+    The average starts at 0, so that after t steps it holds 1 - decay^t of its final size. The published algorithm
+    divides it by 1 - decay, which makes the derivative by ``variances`` 1 and the steady state 1 / (1 - decay) times
+    the variance; divided by 1 - decay^t it is unbiased.
+
+    Args:
+        previous: (D, K, F + 1) average of the step before, zeros before the first step.
+        variances: (D, K, F + 1) of this step's ``gradient_variance``.
+        decay: of the past, 0 to below 1.
+
+    Returns:
+        (D, K, F + 1) decay * previous + (1 - decay) * variances.
+
+    Raises:
+        ShapeError: the two differ in shape.
+        ConfigError: decay out of its range.
+
+    Source: Rame et al. 2022, arXiv:2109.02934, section 3.3; specs/ood.md 2.14 and pitfall P14.
+    """
+    if previous.shape != variances.shape:
+        raise ShapeError(
+            f"previous must be as variances, {tuple(variances.shape)}, got {tuple(previous.shape)}"
+        )
+    if not 0.0 <= decay < 1.0:
+        raise ConfigError(f"decay must be 0 to below 1, got {decay}")
+    return decay * previous.detach() + (1.0 - decay) * variances
 
 
 def fishr_penalty(variances: Tensor) -> Tensor:

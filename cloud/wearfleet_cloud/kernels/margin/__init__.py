@@ -1,5 +1,7 @@
 """Losses that ask for a margin: in probability space, in angle, and by multiplied angle; the maths is in README.md."""
 
+import math
+
 import torch
 from torch import Tensor
 from wearfleet_protos.errors import ConfigError, ShapeError
@@ -49,7 +51,7 @@ def large_margin(
         floor: smallest norm; 0 is the published form, whose values explode where the softmax is sure of itself.
 
     Returns:
-        (N, J); negative where the label wins.
+        (N, J), float32 or wider; negative where the label wins.
 
     Raises:
         ShapeError: shapes that do not fit each other, or fewer than two classes.
@@ -67,7 +69,11 @@ def large_margin(
             "the large margin needs gamma > 0, top_k >= 1, floor >= 0 and an aggregation of "
             f"{', '.join(AGGREGATIONS)}, got {gamma}, {top_k}, {floor}, {aggregation!r}"
         )
-    gram = weight.detach() @ weight.detach().T
+    rows = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    rows = rows - rows.mean(
+        dim=0
+    )  # what all rows share cancels in every norm: better before than after rounding
+    gram = rows @ rows.T
     rivals = min(top_k, logits.shape[1] - 1)
     if takes_triton(logits, gram, labels):
         from wearfleet_cloud.kernels.margin import kernel  # noqa: PLC0415  only where Triton is
@@ -93,7 +99,7 @@ def additive_angular(
         margin: radians, 0 to below pi.
 
     Returns:
-        (N,) nats.
+        (N,) nats, float32 or wider.
 
     Raises:
         ShapeError: shapes that do not fit each other.
@@ -102,16 +108,16 @@ def additive_angular(
     Source: Deng et al. 2019, arXiv:1801.07698, equation 3.
     """
     _check_angles(features, weight, labels)
-    if not (scale > 0.0 and 0.0 <= margin < torch.pi):
+    if not (scale > 0.0 and 0.0 <= margin < math.pi):
         raise ConfigError(
             f"additive angular margin needs scale > 0 and margin in 0 to pi, got {scale}, {margin}"
         )
-    cosines = torch.nn.functional.normalize(features, dim=1) @ torch.nn.functional.normalize(weight, dim=1).T
-    own = cosines.gather(1, labels[:, None])[:, 0]
-    turn = torch.tensor(margin, dtype=own.dtype, device=own.device)
-    turned = own * turn.cos() - _sine(own) * turn.sin()
-    target = torch.where(own > -turn.cos(), turned, own - margin * turn.sin())
-    return _replaced_cross_entropy(scale * cosines, scale * target, labels)
+    normalize = torch.nn.functional.normalize
+    logits = normalize(features, dim=1) @ (scale * normalize(weight, dim=1)).T
+    own = _own(logits, labels) / scale
+    turned = own * math.cos(margin) - _sine(own) * math.sin(margin)
+    target = torch.where(own > -math.cos(margin), turned, own - margin * math.sin(margin))
+    return _replaced_cross_entropy(logits, scale * target, labels)
 
 
 def large_margin_softmax(features: Tensor, weight: Tensor, labels: Tensor, *, margin: int = 2) -> Tensor:
@@ -127,7 +133,7 @@ def large_margin_softmax(features: Tensor, weight: Tensor, labels: Tensor, *, ma
         margin: m, whole, at least 1.
 
     Returns:
-        (N,) nats.
+        (N,) nats, float32 or wider.
 
     Raises:
         ShapeError: shapes that do not fit each other.
@@ -139,12 +145,18 @@ def large_margin_softmax(features: Tensor, weight: Tensor, labels: Tensor, *, ma
     if margin < 1:
         raise ConfigError(f"the margin of large-margin softmax must be at least 1, got {margin}")
     logits = features @ weight.T
-    size = features.norm(dim=1) * weight.norm(dim=1)[labels]
-    own = logits.gather(1, labels[:, None])[:, 0] / size.clamp(min=1e-12)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    size = features.norm(dim=1, dtype=wide) * weight.norm(dim=1, dtype=wide)[labels]
+    own = _own(logits, labels) / size.clamp(min=1e-12)
     angle = torch.arccos(own.clamp(-1.0 + 1e-6, 1.0 - 1e-6))
-    k = (angle.detach() * margin / torch.pi).floor().clamp(max=margin - 1)
+    k = (angle.detach() * margin / math.pi).floor().clamp(max=margin - 1)
     psi = torch.where(k % 2 == 0, 1.0, -1.0) * torch.cos(margin * angle) - 2.0 * k
     return _replaced_cross_entropy(logits, size * psi, labels)
+
+
+def _own(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logit of the label (N,), in float32 or wider for the trigonometry that follows."""
+    return logits.gather(1, labels[:, None])[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _sine(cosine: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _judge(
     if KIND == _SMALLEST:
         total += float("inf")
     pull = 0.0 * p  # share of every competitor in the gradient
-    for _ in tl.static_range(TOP):
+    for _ in range(TOP):
         best = tl.max(left, 1)[:, None]
         first = tl.min(tl.where(left == best, classes, BLOCK_K), 1)[:, None]
         chosen = classes == first
@@ -149,7 +149,7 @@ def _launch(
     form: _Form, logits: Tensor, gram: Tensor, labels: Tensor, upstream: Tensor | None, out: Tensor
 ) -> None:
     problems, windows, classes = logits.shape
-    rows = 16 if windows <= 4096 else 32
+    rows = 16 if windows <= 4096 or classes > 16 else 32  # 32 rows of 32 classes would spill registers
     _large_margin[problems, triton.cdiv(windows, rows)](
         logits.contiguous(), gram.contiguous(), labels.contiguous(), upstream, out, out,
         windows, classes, form.gamma, form.floor, J=labels.shape[-1], TOP=form.top_k,

@@ -66,10 +66,10 @@ def large_margin_reference(
 
 
 def combine(distances: Tensor, gamma: float, aggregation: Aggregation) -> Tensor:
-    """Distances to the competitors (N, top_k) -> loss (N,)."""
+    """Distances to the competitors (..., top_k) -> loss (...)."""
     if aggregation == "each":
-        return -distances.clamp(-3.0 * gamma, gamma).mean(dim=1)
-    combined = distances.mean(dim=1) if aggregation == "mean" else distances.min(dim=1).values
+        return -distances.clamp(-3.0 * gamma, gamma).mean(dim=-1)
+    combined = distances.mean(dim=-1) if aggregation == "mean" else distances.min(dim=-1).values
     return -combined.clamp(-3.0 * gamma, gamma)
 
 
@@ -82,7 +82,8 @@ def replaced_cross_entropy_reference(logits: Tensor, target: Tensor, labels: Ten
         labels: (N,) int64.
 
     Returns:
-        (N,) lse(l') - target, l' = logits with l'_y = target.
+        (N,) lse(l') - target, l' = logits with l'_y = target; float32 or wider.
     """
-    replaced = logits.scatter(1, labels[:, None], target[:, None].to(logits.dtype))
-    return torch.logsumexp(replaced, dim=1) - target
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    replaced = logits.to(wide).scatter(1, labels[:, None], target[:, None].to(wide))
+    return torch.nn.functional.cross_entropy(replaced, labels, reduction="none")
