@@ -121,7 +121,8 @@ def _backward(
 def _blocks(windows: int, classes: int) -> tuple[int, int, int]:
     """Windows, features and classes of a tile; the products need at least 16 of each."""
     wide = max(16, triton.next_power_of_2(classes))
-    return 16 if windows <= 64 or wide > 16 else 32, 64 if wide <= 16 else 32, wide
+    columns = 64 if wide <= 16 else 32 if wide <= 32 else 16
+    return 16 if windows <= 64 or wide > 16 else 32, columns, wide
 
 
 def _launch_forward(

@@ -19,27 +19,30 @@ def large_margin_closed(
 ) -> Tensor:
     """Equal to ``large_margin_reference`` at ``logits = z W^T + c`` and ``gram = W W^T``; derivation in README.md.
 
-    Computes in float32 or wider: the norms vanish where the softmax is sure of itself.
+    Computes in float32 or wider, with the row of the most probable class as the origin of the rows of W: the norms
+    do not depend on it, and where the softmax is sure of itself nothing large is left that would cancel.
 
-    Source: specs/ood.md 4.3, of all labels at once; its six terms are collected as H_cd = G_cd - q_c - q_d + s, the
-    products of the rows of W minus their mean under p.
+    Source: specs/ood.md 4.3. Differs: the origin.
     """
     p = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
     fixed, gram = p.detach(), gram.detach().to(p.dtype)
-    q = fixed @ gram
-    s = (fixed * q).sum(dim=1, keepdim=True)
-    squares = gram.diagonal() - 2.0 * q + s
-    open_to = fixed[:, None].expand(-1, labels.shape[1], -1).scatter(2, labels[..., None], -1.0)
-    other, rivals = open_to.topk(top_k, dim=2)
+    top = fixed.argmax(dim=1, keepdim=True)
+    to_top, length = gram[top[:, 0]], gram.diagonal()[top]
+    rest = fixed.scatter(1, top, 0.0)
+    q = rest @ gram - to_top * rest.sum(dim=1, keepdim=True)
+    q = q - q.gather(1, top)
+    s = (rest * q).sum(dim=1)[:, None, None]
+    # the order of the differences makes whatever belongs to the origin exactly 0
+    squares = gram.diagonal() - 2.0 * to_top + length
 
     def of_label(values: Tensor) -> Tensor:
         return values.gather(1, labels)[..., None]
 
-    def of_rivals(values: Tensor) -> Tensor:
-        return values.gather(1, rivals.flatten(1)).unflatten(1, rivals.shape[1:])
-
-    own = of_label(fixed)
-    mixed = gram[labels[..., None], rivals] - of_label(q) - of_rivals(q) + s[..., None]
-    square = own.square() * of_label(squares) + other * (other * of_rivals(squares) - 2.0 * own * mixed)
-    norm = square.clamp(min=0.0).sqrt()
-    return combine((of_label(p) - of_rivals(p)) / (norm + 1e-8).clamp(min=floor), gamma, aggregation)
+    own, other = of_label(fixed), fixed[:, None]
+    gap = own - other
+    mixed = gram[labels] - of_label(to_top) - (to_top - length)[:, None]
+    square = own.square() * of_label(squares) + other * (other * squares[:, None] - 2.0 * own * mixed)
+    square = square + gap * (gap * s - 2.0 * own * of_label(q) + 2.0 * other * q[:, None])
+    norm = (square.clamp(min=0.0).sqrt() + 1e-8).clamp(min=floor)
+    rivals = other.expand_as(gap).scatter(2, labels[..., None], -1.0).topk(top_k, dim=2).indices
+    return combine(((of_label(p) - p[:, None]) / norm).gather(2, rivals), gamma, aggregation)

@@ -38,14 +38,37 @@ def _probabilities(logits, rows, inside, K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _distances(p, q, s, rows_of_gram, diagonal, hot, floor):
+def _geometry(p, gram, BLOCK_K: tl.constexpr):
+    """What all labels of a window share, with the row of its most probable class as the origin of the classifier.
+
+    Products of every row with that of the most probable class (M, BLOCK_K), square of the latter (M, 1); from the
+    origin: squared lengths and products with the mean row (M, BLOCK_K), square of the mean row (M, 1).
+    """
+    classes = tl.arange(0, BLOCK_K)
+    same = classes[:, None] == classes[None, :]
+    best = tl.max(p, 1)[:, None]
+    first = tl.min(tl.where(p == best, classes[None, :], BLOCK_K), 1)[:, None]
+    top = classes[None, :] == first
+    rest = tl.where(top, 0.0, p)
+    to_top = tl.dot(top.to(tl.float32), gram, input_precision="ieee")
+    length = tl.sum(tl.where(top, to_top, 0.0), 1)[:, None]
+    squares = tl.sum(tl.where(same, gram, 0.0), 0)[None, :] - 2.0 * to_top + length
+    q = tl.dot(rest, gram, input_precision="ieee") - to_top * tl.sum(rest, 1)[:, None]
+    q -= tl.sum(tl.where(top, q, 0.0), 1)[:, None]
+    return to_top, length, squares, q, tl.sum(rest * q, 1)[:, None]
+
+
+@triton.jit
+def _distances(p, gram, to_top, length, squares, q, s, hot, floor):
     """Distance to the border with every class (M, BLOCK_K), and one over its norm."""
     own = tl.sum(hot * p, 1)[:, None]
     own_q = tl.sum(hot * q, 1)[:, None]
-    own_gram = tl.sum(hot * rows_of_gram, 1)[:, None]
+    own_square = tl.sum(hot * squares, 1)[:, None]
+    own_top = tl.sum(hot * to_top, 1)[:, None]
+    mixed = (tl.dot(hot, gram, input_precision="ieee") - own_top) - (to_top - length)
     gap = own - p
-    square = own * own * own_gram + p * p * diagonal + gap * gap * s
-    square += 2.0 * (p * gap * q - own * p * rows_of_gram - own * gap * own_q)
+    square = own * own * own_square + p * (p * squares - 2.0 * own * mixed)
+    square += gap * (gap * s - 2.0 * own * own_q + 2.0 * p * q)
     inverse = 1.0 / tl.maximum(tl.sqrt(tl.maximum(square, 0.0)) + 1e-8, floor)
     return gap * inverse, inverse
 
@@ -53,10 +76,12 @@ def _distances(p, q, s, rows_of_gram, diagonal, hot, floor):
 @triton.jit
 def _judge(
     p,
+    gram,
+    to_top,
+    length,
+    squares,
     q,
     s,
-    gram,
-    diagonal,
     label,
     K,
     gamma,
@@ -68,8 +93,7 @@ def _judge(
     """Loss (M,) by one label, and its gradient by the probabilities (M, BLOCK_K)."""
     classes = tl.arange(0, BLOCK_K)[None, :]
     hot = (label[:, None] == classes).to(tl.float32)
-    rows_of_gram = tl.dot(hot, gram, input_precision="ieee")
-    dist, inverse = _distances(p, q, s, rows_of_gram, diagonal, hot, floor)
+    dist, inverse = _distances(p, gram, to_top, length, squares, q, s, hot, floor)
     left = tl.where((classes < K) & (hot == 0.0), p, -1.0)
     total = tl.sum(0.0 * p, 1)
     if KIND == _SMALLEST:
@@ -125,14 +149,14 @@ def _large_margin(
     first, second = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_K)[None, :]
     place = gram + group * K * K + first * K + second
     matrix = tl.load(place, mask=(first < K) & (second < K), other=0.0).to(tl.float32)
-    diagonal = tl.sum(tl.where(first == second, matrix, 0.0), 0)[None, :]
     p = _probabilities(logits, rows, inside, K, BLOCK_K)
-    q = tl.dot(p, matrix, input_precision="ieee")
-    s = tl.sum(p * q, 1)[:, None]
+    to_top, length, squares, q, s = _geometry(p, matrix, BLOCK_K)
     slope = 0.0 * p
     for number in tl.static_range(J):
         label = tl.load(labels + rows * J + number, mask=inside, other=0)
-        loss, by_p = _judge(p, q, s, matrix, diagonal, label, K, gamma, floor, TOP, KIND, BLOCK_K)
+        loss, by_p = _judge(
+            p, matrix, to_top, length, squares, q, s, label, K, gamma, floor, TOP, KIND, BLOCK_K
+        )
         if BACKWARD:
             slope += (
                 tl.load(upstream + rows * J + number, mask=inside, other=0.0).to(tl.float32)[:, None] * by_p
@@ -149,12 +173,13 @@ def _launch(
     form: _Form, logits: Tensor, gram: Tensor, labels: Tensor, upstream: Tensor | None, out: Tensor
 ) -> None:
     problems, windows, classes = logits.shape
-    rows = 16 if windows <= 4096 or classes > 16 else 32  # 32 rows of 32 classes would spill registers
+    wide = max(16, triton.next_power_of_2(classes))
+    rows = 16 if windows <= 4096 or wide > 16 else 32  # 32 windows of 32 classes would spill registers
     _large_margin[problems, triton.cdiv(windows, rows)](
         logits.contiguous(), gram.contiguous(), labels.contiguous(), upstream, out, out,
         windows, classes, form.gamma, form.floor, J=labels.shape[-1], TOP=form.top_k,
         KIND=AGGREGATIONS.index(form.aggregation), BACKWARD=upstream is not None,
-        BLOCK_M=rows, BLOCK_K=max(16, triton.next_power_of_2(classes)), num_warps=4,
+        BLOCK_M=rows, BLOCK_K=wide, num_warps=4 if wide <= 32 else 8,
     )  # fmt: skip
 
 
