@@ -31,18 +31,17 @@ def large_margin_closed(
     rest = fixed.scatter(1, top, 0.0)
     q = rest @ gram - to_top * rest.sum(dim=1, keepdim=True)
     q = q - q.gather(1, top)
-    s = (rest * q).sum(dim=1)[:, None, None]
+    s = (rest * q).sum(dim=1, keepdim=True)
     # the order of the differences makes whatever belongs to the origin exactly 0
-    squares = gram.diagonal() - 2.0 * to_top + length
+    squares = (gram.diagonal() - 2.0 * to_top + length) - 2.0 * q + s
 
     def of_label(values: Tensor) -> Tensor:
         return values.gather(1, labels)[..., None]
 
     own, other = of_label(fixed), fixed[:, None]
-    gap = own - other
-    mixed = gram[labels] - of_label(to_top) - (to_top - length)[:, None]
-    square = own.square() * of_label(squares) + other * (other * squares[:, None] - 2.0 * own * mixed)
-    square = square + gap * (gap * s - 2.0 * own * of_label(q) + 2.0 * other * q[:, None])
+    mixed = (gram[labels] - of_label(to_top)) - (to_top - length)[:, None] - q[:, None] - of_label(q - s)
+    square = own.square() * of_label(squares) + (fixed.square() * squares)[:, None]
+    square = square - (2.0 * own * other) * mixed
     norm = (square.clamp(min=0.0).sqrt() + 1e-8).clamp(min=floor)
-    rivals = other.expand_as(gap).scatter(2, labels[..., None], -1.0).topk(top_k, dim=2).indices
+    rivals = other.expand_as(mixed).scatter(2, labels[..., None], -1.0).topk(top_k, dim=2).indices
     return combine(((of_label(p) - p[:, None]) / norm).gather(2, rivals), gamma, aggregation)

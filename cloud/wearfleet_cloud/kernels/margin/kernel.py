@@ -42,7 +42,7 @@ def _geometry(p, gram, BLOCK_K: tl.constexpr):
     """What all labels of a window share, with the row of its most probable class as the origin of the classifier.
 
     Products of every row with that of the most probable class (M, BLOCK_K), square of the latter (M, 1); from the
-    origin: squared lengths and products with the mean row (M, BLOCK_K), square of the mean row (M, 1).
+    origin: squared distances of every row to the mean row and products with it (M, BLOCK_K), square of it (M, 1).
     """
     classes = tl.arange(0, BLOCK_K)
     same = classes[:, None] == classes[None, :]
@@ -52,10 +52,11 @@ def _geometry(p, gram, BLOCK_K: tl.constexpr):
     rest = tl.where(top, 0.0, p)
     to_top = tl.dot(top.to(tl.float32), gram, input_precision="ieee")
     length = tl.sum(tl.where(top, to_top, 0.0), 1)[:, None]
-    squares = tl.sum(tl.where(same, gram, 0.0), 0)[None, :] - 2.0 * to_top + length
     q = tl.dot(rest, gram, input_precision="ieee") - to_top * tl.sum(rest, 1)[:, None]
     q -= tl.sum(tl.where(top, q, 0.0), 1)[:, None]
-    return to_top, length, squares, q, tl.sum(rest * q, 1)[:, None]
+    s = tl.sum(rest * q, 1)[:, None]
+    squares = (tl.sum(tl.where(same, gram, 0.0), 0)[None, :] - 2.0 * to_top + length) - 2.0 * q + s
+    return to_top, length, squares, q, s
 
 
 @triton.jit
@@ -65,12 +66,10 @@ def _distances(p, gram, to_top, length, squares, q, s, hot, floor):
     own_q = tl.sum(hot * q, 1)[:, None]
     own_square = tl.sum(hot * squares, 1)[:, None]
     own_top = tl.sum(hot * to_top, 1)[:, None]
-    mixed = (tl.dot(hot, gram, input_precision="ieee") - own_top) - (to_top - length)
-    gap = own - p
-    square = own * own * own_square + p * (p * squares - 2.0 * own * mixed)
-    square += gap * (gap * s - 2.0 * own * own_q + 2.0 * p * q)
+    mixed = (tl.dot(hot, gram, input_precision="ieee") - own_top) - (to_top - length) - q - (own_q - s)
+    square = own * own * own_square + p * p * squares - 2.0 * own * p * mixed
     inverse = 1.0 / tl.maximum(tl.sqrt(tl.maximum(square, 0.0)) + 1e-8, floor)
-    return gap * inverse, inverse
+    return (own - p) * inverse, inverse
 
 
 @triton.jit
