@@ -135,6 +135,14 @@ def test_a_sure_softmax_costs_no_digits(scale, function, device):
     check(function, make(33, 6, scale=scale), (1e5, 2, "mean", 0.0), device)
 
 
+def test_another_origin_loses_the_digits(device):
+    """The least probable column, a padded one that holds 0: the same mathematics, as the formula is usually written."""
+    wrong = planted(kernel, "best = tl.max(p, 1)", "best = tl.min(p, 1)")
+    check(wrong.large_margin_triton, make(33, 6, scale=0.2), (1e5, 2, "mean", 0.0), device)
+    with pytest.raises(AssertionError):
+        check(wrong.large_margin_triton, make(33, 6, scale=4.0), (1e5, 2, "mean", 0.0), device)
+
+
 @FUNCTIONS
 @pytest.mark.parametrize("scale", [1e4, 1e-40])
 def test_extreme_logits(scale, function, device):
