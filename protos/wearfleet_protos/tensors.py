@@ -6,11 +6,13 @@ No code in wearfleet looks at a tensor's *name* to decide what it is: the role i
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, Literal, NewType
+from typing import TYPE_CHECKING, Any, Final, Literal, NewType
 
 import numpy as np
 
@@ -46,7 +48,20 @@ MAX_TENSOR_BYTES: Final = 512 * 1024 * 1024
 """Largest tensor file that is read, in bytes."""
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
-_DTYPES: Final = frozenset({"float32", "float64", "float16", "int64", "int32", "uint8", "bool"})
+_WIRE_TYPES: Final = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "float16": "F16",
+    "int32": "I32",
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
+}
+_WIRE_ORDER: Final = tuple(_WIRE_TYPES)
+_NUMPY_TYPES: Final = {wire: name for name, wire in _WIRE_TYPES.items()}
+_DTYPES: Final = frozenset(_WIRE_TYPES)
+_ALIGNMENT: Final = 8
+_MAX_HEADER_BYTES: Final = 16 * 1024 * 1024
 
 
 class TensorRole(StrEnum):
@@ -160,33 +175,66 @@ def schema_hash(specs: Iterable[TensorSpec]) -> Digest:
 def encode_tensors(
     tensors: Mapping[str, NDArray[np.generic]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """Safetensors bytes of named arrays; equal inputs give equal bytes."""
-    from safetensors.numpy import save  # noqa: PLC0415  the device imports it only when it trains
+    """Safetensors bytes of named arrays; equal inputs give equal bytes. The values are copied once.
 
-    arrays = {
-        name: np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape) for name in sorted(tensors)
-    }
-    return save(arrays, dict(sorted(metadata.items())) if metadata else None)
+    Raises:
+        ShapeError: an array has a type that no specification can have.
+
+    Source: the safetensors format; larger types first, so that every tensor is aligned, then by name.
+    """
+    arrays = {name: np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape) for name in tensors}
+    for name, array in arrays.items():
+        if str(array.dtype) not in _WIRE_TYPES:
+            raise ShapeError(f"tensor {name}: dtype must be one of {sorted(_DTYPES)}, got {array.dtype}")
+    order = sorted(arrays, key=lambda name: (-_WIRE_ORDER.index(str(arrays[name].dtype)), name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    for name in order:
+        array = arrays[name]
+        header[name] = {
+            "dtype": _WIRE_TYPES[str(array.dtype)],
+            "shape": list(array.shape),
+            "data_offsets": [at, at + array.nbytes],
+        }
+        at += array.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    values = [arrays[name].reshape(-1).view(np.uint8).data for name in order if arrays[name].size]
+    return b"".join((len(text).to_bytes(8, "little"), text, *values))
 
 
 def decode_tensors(
-    data: bytes, specs: Iterable[TensorSpec] | None = None, max_bytes: int = MAX_TENSOR_BYTES
+    data: bytes | bytearray | memoryview,
+    specs: Iterable[TensorSpec] | None = None,
+    max_bytes: int = MAX_TENSOR_BYTES,
 ) -> dict[str, NDArray[np.generic]]:
     """Named arrays from safetensors bytes, checked against ``specs`` when given.
+
+    The arrays are views of ``data``: nothing is copied, and they can be written to only where ``data`` can.
 
     Raises:
         IntegrityError: too large, or not safetensors.
         ShapeError: a tensor is missing, unexpected, or has another dtype or shape than its specification.
     """
-    from safetensors import SafetensorError  # noqa: PLC0415
-    from safetensors.numpy import load  # noqa: PLC0415
-
     if len(data) > max_bytes:
         raise IntegrityError(f"tensor file has {len(data)} bytes, at most {max_bytes} are accepted")
+    header, begin = _read_header(data)
+    header.pop("__metadata__", None)
+    values = memoryview(data)[begin:]
     try:
-        tensors: dict[str, NDArray[np.generic]] = load(data)
-    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+        tensors = {name: _view(values, entry) for name, entry in header.items()}
+        ends = sorted((entry["data_offsets"][0], entry["data_offsets"][1]) for entry in header.values())
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise IntegrityError(f"not a readable safetensors file ({error}); fetch it again") from error
+    at = 0
+    for first, last in ends:
+        if first != at:
+            raise IntegrityError(f"not a readable safetensors file (values at {first}, expected at {at})")
+        at = last
+    if at != len(values):
+        raise IntegrityError(
+            f"not a readable safetensors file ({len(values)} bytes of values, named are {at})"
+        )
     if specs is not None:
         check_tensors(tensors, specs)
     return tensors
@@ -198,14 +246,44 @@ def tensor_metadata(data: bytes) -> dict[str, str]:
     Raises:
         IntegrityError: not safetensors.
     """
-    import json  # noqa: PLC0415
+    found = _read_header(data)[0].get("__metadata__", {})
+    if not isinstance(found, dict):
+        raise IntegrityError("not a readable safetensors header (its metadata is no object)")
+    return {str(k): str(v) for k, v in found.items()}
 
+
+def _read_header(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and where the values begin.
+
+    Raises:
+        IntegrityError: cut off, too large, or not a JSON object.
+    """
+    view = memoryview(data)
+    begin = 8 + int.from_bytes(view[:8], "little")
+    if len(view) < 8 or begin > min(len(view), _MAX_HEADER_BYTES):
+        raise IntegrityError(f"not a readable safetensors file (a header of {begin} in {len(view)} bytes)")
     try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        return {str(k): str(v) for k, v in header.get("__metadata__", {}).items()}
-    except (ValueError, AttributeError) as error:
+        header = json.loads(bytes(view[8:begin]))
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"not a readable safetensors header ({error})") from error
+    if not isinstance(header, dict):
+        raise IntegrityError("not a readable safetensors header (not an object)")
+    return header, begin
+
+
+def _view(values: memoryview, entry: Mapping[str, Any]) -> NDArray[np.generic]:
+    """The array of one entry of a header; a copy only where the file does not align it."""
+    dtype = np.dtype(_NUMPY_TYPES[entry["dtype"]])
+    shape = tuple(entry["shape"])
+    first, last = entry["data_offsets"]
+    if not all(type(size) is int and size >= 0 for size in (*shape, first, last)):
+        raise ValueError(f"sizes must be non-negative integers, got {shape}, {first}, {last}")
+    if last - first != math.prod(shape) * dtype.itemsize or last > len(values):
+        raise ValueError(f"{entry['dtype']} {shape} cannot be the bytes {first} to {last} of {len(values)}")
+    if dtype == np.bool_ and bool((np.frombuffer(values[first:last], np.uint8) > 1).any()):
+        raise ValueError("a truth value must be 0 or 1")
+    array = np.frombuffer(values[first:last], dtype).reshape(shape)
+    return array if array.flags.aligned else array.copy()
 
 
 def check_tensors(tensors: Mapping[str, NDArray[np.generic]], specs: Iterable[TensorSpec]) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save
 from wearfleet_protos.errors import IntegrityError, ProtocolError, ShapeError
 from wearfleet_protos.plan import Loop, batches, rng_key, shuffle_order
 from wearfleet_protos.tensors import (
@@ -126,3 +129,50 @@ def test_an_epoch_visits_every_window_once_and_stops_at_the_step_limit() -> None
 
 GOLDEN_KEYS = (278411845, 1216135886)
 GOLDEN_ORDER = [7, 1, 4, 5, 3, 2, 0, 6]
+
+
+ALL_TYPES = {
+    f"{name}.{number}": (np.arange(6).reshape(2, 3) % 2).astype(name)
+    for number, name in enumerate(("bool", "uint8", "float16", "int32", "float32", "float64", "int64"))
+} | {"a": np.array(3.5, np.float32), "none": np.zeros((0, 4), np.float32), 'é"\\\n': np.ones(1, np.int64)}
+
+
+def test_tensors_are_written_as_safetensors_writes_them():
+    assert encode_tensors(ALL_TYPES, {"round": "1"}) == save(ALL_TYPES, {"round": "1"})
+
+
+def test_tensors_that_safetensors_wrote_are_read_as_views():
+    data = save(ALL_TYPES)
+    decoded = decode_tensors(data)
+    assert decoded.keys() == ALL_TYPES.keys()
+    for name, array in ALL_TYPES.items():
+        np.testing.assert_array_equal(decoded[name], array, strict=True)
+        assert array.size == 0 or np.shares_memory(decoded[name], np.frombuffer(data, np.uint8))
+
+
+def _file(header, values=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + values
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _file(b"[" * 100_000),
+        _file([1]),
+        _file({"a": 1}),
+        _file({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)),
+        _file({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+        _file({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, bytes(4)),
+        _file({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)),
+        _file({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, bytes(4)),
+        _file({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(8)),
+        _file({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(8)),
+        _file({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "ab"}, bytes(4)),
+        _file({"a": {"dtype": "F32", "shape": [10**30, 10**30], "data_offsets": [0, 4]}}, bytes(4)),
+        _file({"a": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}}, b"\x07"),
+    ],
+)
+def test_a_damaged_tensor_file_is_an_integrity_error(data):
+    with pytest.raises(IntegrityError):
+        decode_tensors(data)

@@ -11,6 +11,7 @@ import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import sys
 import typing
+import wearfleet_protos.v1.artifact_pb2
 
 if sys.version_info >= (3, 10):
     import typing as typing_extensions
@@ -103,6 +104,7 @@ class FederatedTask(google.protobuf.message.Message):
     DEADLINE_UNIX_NS_FIELD_NUMBER: builtins.int
     REMAINING_SECONDS_FIELD_NUMBER: builtins.int
     TENSORS_FIELD_NUMBER: builtins.int
+    STREAMED_BYTES_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     round: builtins.int
     """From 1."""
@@ -121,6 +123,10 @@ class FederatedTask(google.protobuf.message.Message):
     """Seconds left at the time of the answer, for devices with a bad clock."""
     tensors: builtins.bytes
     """The artifact tensors_digest itself when it is small enough for max_inline_bytes; otherwise empty."""
+    streamed_bytes: builtins.int
+    """On a Work stream: so many bytes of tensors_digest (all of them) come in chunks, the first in this message; 0 when
+    the device downloads them.
+    """
     def __init__(
         self,
         *,
@@ -135,8 +141,9 @@ class FederatedTask(google.protobuf.message.Message):
         deadline_unix_ns: builtins.int = ...,
         remaining_seconds: builtins.float = ...,
         tensors: builtins.bytes = ...,
+        streamed_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "deadline_unix_ns", b"deadline_unix_ns", "kind", b"kind", "plan_bytes", b"plan_bytes", "plan_digest", b"plan_digest", "remaining_seconds", b"remaining_seconds", "round", b"round", "run_id", b"run_id", "tensors", b"tensors", "tensors_bytes", b"tensors_bytes", "tensors_digest", b"tensors_digest"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "deadline_unix_ns", b"deadline_unix_ns", "kind", b"kind", "plan_bytes", b"plan_bytes", "plan_digest", b"plan_digest", "remaining_seconds", b"remaining_seconds", "round", b"round", "run_id", b"run_id", "streamed_bytes", b"streamed_bytes", "tensors", b"tensors", "tensors_bytes", b"tensors_bytes", "tensors_digest", b"tensors_digest"]) -> None: ...
 
 Global___FederatedTask: typing_extensions.TypeAlias = FederatedTask
 
@@ -147,20 +154,24 @@ class PollTaskRequest(google.protobuf.message.Message):
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: builtins.int
     MAX_INLINE_BYTES_FIELD_NUMBER: builtins.int
+    MAX_STREAMED_BYTES_FIELD_NUMBER: builtins.int
     wait_seconds: builtins.float
     """The server answers at the latest after this time, 60 at most."""
     manifest_digest: builtins.str
     """Digest of the model manifest in use; empty when none."""
     max_inline_bytes: builtins.int
     """The answer may carry tensors of so many bytes, 1 MiB at most; 0 when the device downloads them."""
+    max_streamed_bytes: builtins.int
+    """On a Work stream: tensors of at most so many bytes may follow in chunks; 0 when the device downloads them."""
     def __init__(
         self,
         *,
         wait_seconds: builtins.float = ...,
         manifest_digest: builtins.str = ...,
         max_inline_bytes: builtins.int = ...,
+        max_streamed_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["manifest_digest", b"manifest_digest", "max_inline_bytes", b"max_inline_bytes", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["manifest_digest", b"manifest_digest", "max_inline_bytes", b"max_inline_bytes", "max_streamed_bytes", b"max_streamed_bytes", "wait_seconds", b"wait_seconds"]) -> None: ...
 
 Global___PollTaskRequest: typing_extensions.TypeAlias = PollTaskRequest
 
@@ -258,6 +269,7 @@ class SubmitUpdateRequest(google.protobuf.message.Message):
     TRAIN_SECONDS_FIELD_NUMBER: builtins.int
     LOCAL_STATE_RESET_FIELD_NUMBER: builtins.int
     UPDATE_FIELD_NUMBER: builtins.int
+    STREAMED_BYTES_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     round: builtins.int
     attempt_id: builtins.str
@@ -275,6 +287,10 @@ class SubmitUpdateRequest(google.protobuf.message.Message):
     """True when local tensors were lost and the downloaded ones were used."""
     update: builtins.bytes
     """The artifact update_digest itself, 1 MiB at most; empty when it was uploaded before."""
+    streamed_bytes: builtins.int
+    """On a Work stream: so many bytes of update_digest (all of them) come in chunks, the first in this message; 0 when it
+    was uploaded before.
+    """
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """"phase/metric" to value, 256 at most."""
@@ -293,8 +309,9 @@ class SubmitUpdateRequest(google.protobuf.message.Message):
         train_seconds: builtins.float = ...,
         local_state_reset: builtins.bool = ...,
         update: builtins.bytes = ...,
+        streamed_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "base_digest", b"base_digest", "local_state_reset", b"local_state_reset", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "round", b"round", "run_id", b"run_id", "train_seconds", b"train_seconds", "update", b"update", "update_digest", b"update_digest"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "base_digest", b"base_digest", "local_state_reset", b"local_state_reset", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "round", b"round", "run_id", b"run_id", "streamed_bytes", b"streamed_bytes", "train_seconds", b"train_seconds", "update", b"update", "update_digest", b"update_digest"]) -> None: ...
 
 Global___SubmitUpdateRequest: typing_extensions.TypeAlias = SubmitUpdateRequest
 
@@ -349,3 +366,57 @@ class DeclineTaskResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 Global___DeclineTaskResponse: typing_extensions.TypeAlias = DeclineTaskResponse
+
+@typing.final
+class WorkRequest(google.protobuf.message.Message):
+    """A poll or a submission, or the next chunk of a submission's update; the first chunk is in the submission's own message."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POLL_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    SUBMIT_FIELD_NUMBER: builtins.int
+    @property
+    def poll(self) -> Global___PollTaskRequest: ...
+    @property
+    def chunk(self) -> wearfleet_protos.v1.artifact_pb2.Chunk: ...
+    @property
+    def submit(self) -> Global___SubmitUpdateRequest: ...
+    def __init__(
+        self,
+        *,
+        poll: Global___PollTaskRequest | None = ...,
+        chunk: wearfleet_protos.v1.artifact_pb2.Chunk | None = ...,
+        submit: Global___SubmitUpdateRequest | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "submit", b"submit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "submit", b"submit"]) -> None: ...
+
+Global___WorkRequest: typing_extensions.TypeAlias = WorkRequest
+
+@typing.final
+class WorkResponse(google.protobuf.message.Message):
+    """The answer to a poll or a submission, or the next chunk of a task's tensors; the first chunk is in the task's own message."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHUNK_FIELD_NUMBER: builtins.int
+    POLL_FIELD_NUMBER: builtins.int
+    RECEIPT_FIELD_NUMBER: builtins.int
+    @property
+    def chunk(self) -> wearfleet_protos.v1.artifact_pb2.Chunk: ...
+    @property
+    def poll(self) -> Global___PollTaskResponse: ...
+    @property
+    def receipt(self) -> Global___SubmitUpdateResponse: ...
+    def __init__(
+        self,
+        *,
+        chunk: wearfleet_protos.v1.artifact_pb2.Chunk | None = ...,
+        poll: Global___PollTaskResponse | None = ...,
+        receipt: Global___SubmitUpdateResponse | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "receipt", b"receipt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "receipt", b"receipt"]) -> None: ...
+
+Global___WorkResponse: typing_extensions.TypeAlias = WorkResponse

@@ -34,6 +34,11 @@ class FederationServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
+        self.Work = channel.stream_stream(
+                '/wearfleet.v1.FederationService/Work',
+                request_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.WorkRequest.SerializeToString,
+                response_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.WorkResponse.FromString,
+                _registered_method=True)
         self.PollTask = channel.unary_unary(
                 '/wearfleet.v1.FederationService/PollTask',
                 request_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.PollTaskRequest.SerializeToString,
@@ -58,6 +63,14 @@ class FederationServiceStub(object):
 
 class FederationServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
+
+    def Work(self, request_iterator, context):
+        """Polls and submissions of one device, one after the other, with the tensors in chunks beside them. The service answers
+        each before it reads the next; what it refuses ends the stream with a status. Either side may end it at any time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def PollTask(self, request, context):
         """Waits up to wait_seconds for a task.
@@ -90,6 +103,11 @@ class FederationServiceServicer(object):
 
 def add_FederationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Work': grpc.stream_stream_rpc_method_handler(
+                    servicer.Work,
+                    request_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.WorkRequest.FromString,
+                    response_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.WorkResponse.SerializeToString,
+            ),
             'PollTask': grpc.unary_unary_rpc_method_handler(
                     servicer.PollTask,
                     request_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.PollTaskRequest.FromString,
@@ -120,6 +138,33 @@ def add_FederationServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class FederationService(object):
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Work(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/wearfleet.v1.FederationService/Work',
+            wearfleet__protos_dot_v1_dot_federation__pb2.WorkRequest.SerializeToString,
+            wearfleet__protos_dot_v1_dot_federation__pb2.WorkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def PollTask(request,

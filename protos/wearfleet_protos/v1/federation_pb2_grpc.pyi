@@ -25,6 +25,22 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
+_FederationServiceWorkType = typing_extensions.TypeVar(
+    '_FederationServiceWorkType',
+    grpc.StreamStreamMultiCallable[
+        wearfleet_protos.v1.federation_pb2.WorkRequest,
+        wearfleet_protos.v1.federation_pb2.WorkResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        wearfleet_protos.v1.federation_pb2.WorkRequest,
+        wearfleet_protos.v1.federation_pb2.WorkResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        wearfleet_protos.v1.federation_pb2.WorkRequest,
+        wearfleet_protos.v1.federation_pb2.WorkResponse,
+    ],
+)
+
 _FederationServicePollTaskType = typing_extensions.TypeVar(
     '_FederationServicePollTaskType',
     grpc.UnaryUnaryMultiCallable[
@@ -89,9 +105,13 @@ _FederationServiceDeclineTaskType = typing_extensions.TypeVar(
     ],
 )
 
-class FederationServiceStub(typing.Generic[_FederationServicePollTaskType, _FederationServiceReportStageType, _FederationServiceSubmitUpdateType, _FederationServiceDeclineTaskType]):
+class FederationServiceStub(typing.Generic[_FederationServiceWorkType, _FederationServicePollTaskType, _FederationServiceReportStageType, _FederationServiceSubmitUpdateType, _FederationServiceDeclineTaskType]):
     @typing.overload
     def __init__(self: FederationServiceStub[
+        grpc.StreamStreamMultiCallable[
+            wearfleet_protos.v1.federation_pb2.WorkRequest,
+            wearfleet_protos.v1.federation_pb2.WorkResponse,
+        ],
         grpc.UnaryUnaryMultiCallable[
             wearfleet_protos.v1.federation_pb2.PollTaskRequest,
             wearfleet_protos.v1.federation_pb2.PollTaskResponse,
@@ -112,6 +132,10 @@ class FederationServiceStub(typing.Generic[_FederationServicePollTaskType, _Fede
 
     @typing.overload
     def __init__(self: FederationServiceStub[
+        grpc.aio.StreamStreamMultiCallable[
+            wearfleet_protos.v1.federation_pb2.WorkRequest,
+            wearfleet_protos.v1.federation_pb2.WorkResponse,
+        ],
         grpc.aio.UnaryUnaryMultiCallable[
             wearfleet_protos.v1.federation_pb2.PollTaskRequest,
             wearfleet_protos.v1.federation_pb2.PollTaskResponse,
@@ -130,6 +154,11 @@ class FederationServiceStub(typing.Generic[_FederationServicePollTaskType, _Fede
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
+    Work: _FederationServiceWorkType
+    """Polls and submissions of one device, one after the other, with the tensors in chunks beside them. The service answers
+    each before it reads the next; what it refuses ends the stream with a status. Either side may end it at any time.
+    """
+
     PollTask: _FederationServicePollTaskType
     """Waits up to wait_seconds for a task."""
 
@@ -143,6 +172,10 @@ class FederationServiceStub(typing.Generic[_FederationServicePollTaskType, _Fede
     """Turns a task down with a reason."""
 
 FederationServiceAsyncStub: typing_extensions.TypeAlias = FederationServiceStub[
+    grpc.aio.StreamStreamMultiCallable[
+        wearfleet_protos.v1.federation_pb2.WorkRequest,
+        wearfleet_protos.v1.federation_pb2.WorkResponse,
+    ],
     grpc.aio.UnaryUnaryMultiCallable[
         wearfleet_protos.v1.federation_pb2.PollTaskRequest,
         wearfleet_protos.v1.federation_pb2.PollTaskResponse,
@@ -162,6 +195,16 @@ FederationServiceAsyncStub: typing_extensions.TypeAlias = FederationServiceStub[
 ]
 
 class FederationServiceServicer(metaclass=abc.ABCMeta):
+    @abc.abstractmethod
+    def Work(
+        self,
+        request_iterator: _MaybeAsyncIterator[wearfleet_protos.v1.federation_pb2.WorkRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[wearfleet_protos.v1.federation_pb2.WorkResponse], collections.abc.AsyncIterator[wearfleet_protos.v1.federation_pb2.WorkResponse]]:
+        """Polls and submissions of one device, one after the other, with the tensors in chunks beside them. The service answers
+        each before it reads the next; what it refuses ends the stream with a status. Either side may end it at any time.
+        """
+
     @abc.abstractmethod
     def PollTask(
         self,
