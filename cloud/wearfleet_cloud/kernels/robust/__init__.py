@@ -1,7 +1,8 @@
 """Aggregates of client updates that a few bad clients cannot move far; the maths is in README.md.
 
-Updates may lie on another device than the one that computes, in a file mapped into memory for example: they are
-taken slice by slice, and memory beside them stays below a quarter of a gibibyte.
+Updates may lie on another device than the one that computes, in a file mapped into memory for example: they are taken
+slice by slice. Beside input and result lie one slice (64 MiB of a GPU, 1 MiB of a processor), its float64 copy where a
+processor adds, and for distances two more matrices of all pairs.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +13,14 @@ from torch import Tensor
 from wearfleet_protos.errors import ConfigError, ShapeError
 
 from wearfleet_cloud.kernels.dispatch import takes_triton
+from wearfleet_cloud.kernels.robust.direct import (
+    median_direct,
+    paired,
+    squared_distances_direct,
+    squared_norms_direct,
+    trimmed_mean_direct,
+    weighted_sum_direct,
+)
 from wearfleet_cloud.kernels.robust.reference import (
     median_reference,
     squared_distances_reference,
@@ -37,6 +46,7 @@ __all__ = [
 
 _SLICE_BYTES: Final = 64 << 20  # of a GPU
 _CACHE_BYTES: Final = 1 << 20  # of a processor: what follows reads the slice from its cache
+_MOST_ORDERED: Final = 4096  # updates whose coordinate fits into the registers of one Triton program
 
 
 def weighted_mean(
@@ -45,8 +55,9 @@ def weighted_mean(
     """sum_k w_k f_k u_k / sum_k w_k, added in float64.
 
     Args:
-        updates: (K, P) float.
-        weights: (K,) not negative, not all 0.
+        updates: (K, P) float. A coordinate with a NaN becomes NaN, whatever its weight, and so does an infinite one
+            of weight 0: leave such clients out (``finite_updates``), a weight of 0 is not enough.
+        weights: (K,) finite, not negative, not all 0.
         factors: (K,) that shorten updates, of ``clip_factors``; None for ones.
         device: that computes; None for the updates' own.
 
@@ -55,15 +66,17 @@ def weighted_mean(
 
     Raises:
         ShapeError: not (K, P), or weights or factors of another length.
-        ConfigError: weights without a positive sum.
+        ConfigError: weights that are negative or not finite, or without a positive sum.
     """
     _check(updates)
     for name, tensor in (("weights", weights), ("factors", factors)):
         if tensor is not None and tensor.shape != updates.shape[:1]:
             raise ShapeError(f"{name} must be ({len(updates)},), got {tuple(tensor.shape)}")
     total = float(weights.double().sum())
-    if not total > 0.0 or bool((weights < 0).any()):
-        raise ConfigError("weights must not be negative and must have a positive sum")
+    if not 0.0 < total < float("inf") or bool((weights < 0).any()):
+        raise ConfigError(
+            f"weights must be finite and not negative, with a positive sum; they add up to {total}"
+        )
     shares = weights.double() / total
     if factors is not None:
         shares = shares * factors.to(shares)
@@ -74,22 +87,22 @@ def weighted_mean(
             from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
 
             return kernel.weighted_sum_triton(columns, own)
-        return own @ columns.double()
+        return weighted_sum_direct(columns, own)
 
-    return _by_columns(updates, part, device)
+    return _joined(updates, part, device)
 
 
 def coordinate_median(updates: Tensor, *, device: torch.device | None = None) -> Tensor:
     """Median of every coordinate; of an even number of updates the mean of the middle two.
 
-    Half of the updates, less one, may be anything without moving a coordinate out of the range of the others.
+    Fewer than half of the updates may be anything without moving a coordinate out of the range of the others.
 
     Args:
-        updates: (K, P) float; a coordinate with a NaN becomes NaN.
+        updates: (K, P) float; a coordinate with a NaN becomes NaN, infinite values are ordered like any others.
         device: that computes; None for the updates' own.
 
     Returns:
-        (P,), where the updates are.
+        (P,) float32 (float64 for float64 updates), where the updates are.
 
     Raises:
         ShapeError: not (K, P).
@@ -99,26 +112,25 @@ def coordinate_median(updates: Tensor, *, device: torch.device | None = None) ->
     _check(updates)
 
     def part(columns: Tensor) -> Tensor:
-        if takes_triton(columns):
+        if takes_triton(columns) and len(columns) <= _MOST_ORDERED:
             from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
 
-            if len(columns) <= kernel.MOST_UPDATES:
-                return kernel.median_triton(columns)
-        return median_reference(columns)
+            return kernel.median_triton(columns)
+        return median_direct(columns)
 
-    return _by_columns(updates, part, device)
+    return _joined(updates, part, device)
 
 
 def trimmed_mean(updates: Tensor, trim: int, *, device: torch.device | None = None) -> Tensor:
     """Mean of every coordinate without its ``trim`` smallest and its ``trim`` largest values.
 
     Args:
-        updates: (K, P) float; a coordinate with a NaN becomes NaN.
+        updates: (K, P) float; a coordinate with a NaN becomes NaN, infinite values are ordered like any others.
         trim: at least 0, below K / 2: floor(beta K) for a share of beta.
         device: that computes; None for the updates' own.
 
     Returns:
-        (P,), where the updates are.
+        (P,) float32 (float64 for float64 updates), where the updates are; added in float64.
 
     Raises:
         ShapeError: not (K, P).
@@ -133,14 +145,13 @@ def trimmed_mean(updates: Tensor, trim: int, *, device: torch.device | None = No
         )
 
     def part(columns: Tensor) -> Tensor:
-        if takes_triton(columns):
+        if takes_triton(columns) and len(columns) <= _MOST_ORDERED:
             from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
 
-            if len(columns) <= kernel.MOST_UPDATES:
-                return kernel.trimmed_mean_triton(columns, trim)
-        return trimmed_mean_reference(columns, trim)
+            return kernel.trimmed_mean_triton(columns, trim)
+        return trimmed_mean_direct(columns, trim)
 
-    return _by_columns(updates, part, device)
+    return _joined(updates, part, device)
 
 
 def squared_distances(updates: Tensor, *, device: torch.device | None = None) -> Tensor:
@@ -149,7 +160,8 @@ def squared_distances(updates: Tensor, *, device: torch.device | None = None) ->
     Never |a|^2 + |b|^2 - 2 a b, which loses the distance of two updates that are nearly equal.
 
     Args:
-        updates: (K, P) float.
+        updates: (K, P) float. The distances of an update that is not finite are infinite or NaN. On a GPU differences
+            are squared in float32: those above 1.8e19 count as infinite, those below 1e-23 as 0.
         device: that computes; None for the updates' own.
 
     Returns:
@@ -161,16 +173,17 @@ def squared_distances(updates: Tensor, *, device: torch.device | None = None) ->
     Source: Blanchard et al. 2017 (Krum), section 4; specs/federated.md 16.
     """
     _check(updates)
-    total = torch.zeros((len(updates), len(updates)), dtype=torch.float64, device=device or updates.device)
-    for _, columns in _slices(updates, device):
+
+    def part(columns: Tensor) -> Tensor:
         if takes_triton(columns):
             from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
 
-            total += kernel.squared_distances_triton(columns)
-        else:
-            exact = columns.double()
-            total += torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return total.to(updates.device)
+            return kernel.squared_distances_triton(columns)
+        return squared_distances_direct(columns)
+
+    total = _added(updates, part, device)
+    matrix = total if total.dim() == 2 else paired(total, len(updates))
+    return matrix.fill_diagonal_(0.0).to(updates.device)
 
 
 def squared_norms(updates: Tensor, *, device: torch.device | None = None) -> Tensor:
@@ -187,22 +200,22 @@ def squared_norms(updates: Tensor, *, device: torch.device | None = None) -> Ten
         ShapeError: not (K, P).
     """
     _check(updates)
-    total = torch.zeros((len(updates),), dtype=torch.float64, device=device or updates.device)
-    for _, columns in _slices(updates, device):
+
+    def part(columns: Tensor) -> Tensor:
         if takes_triton(columns):
             from wearfleet_cloud.kernels.robust import kernel  # noqa: PLC0415  only where Triton is
 
-            total += kernel.squared_norms_triton(columns)
-        else:
-            total += squared_norms_reference(columns.double())
-    return total.to(updates.device)
+            return kernel.squared_norms_triton(columns)
+        return squared_norms_direct(columns)
+
+    return _added(updates, part, device).to(updates.device)
 
 
 def clip_factors(updates: Tensor, bound: float, *, device: torch.device | None = None) -> Tensor:
     """min(1, bound / |u_k|): what brings every update to a length of at most ``bound``.
 
     Args:
-        updates: (K, P) float, finite.
+        updates: (K, P) float. The factor of an infinite update is 0, that of one with a NaN is NaN.
         bound: above 0.
         device: that computes; None for the updates' own.
 
@@ -220,7 +233,7 @@ def clip_factors(updates: Tensor, bound: float, *, device: torch.device | None =
 
 
 def finite_updates(updates: Tensor, *, device: torch.device | None = None) -> Tensor:
-    """Which updates hold only finite numbers: ask before any rule, since a NaN is smaller and larger than nothing.
+    """Which updates hold only finite numbers: ask before any rule, since a NaN is neither smaller nor larger.
 
     Args:
         updates: (K, P) float.
@@ -233,10 +246,10 @@ def finite_updates(updates: Tensor, *, device: torch.device | None = None) -> Te
         ShapeError: not (K, P).
     """
     _check(updates)
-    found = torch.ones((len(updates),), dtype=torch.bool, device=device or updates.device)
-    for _, columns in _slices(updates, device):
-        found &= columns.isfinite().all(dim=1)
-    return found.to(updates.device)
+    if updates.dtype != torch.float64:  # the squares of all others have a finite sum in float64
+        return squared_norms(updates, device=device).isfinite()
+    wrong = _added(updates, lambda columns: columns.isfinite().logical_not().sum(dim=1), device)
+    return (wrong == 0).to(updates.device)
 
 
 def _check(updates: Tensor) -> None:
@@ -247,20 +260,31 @@ def _check(updates: Tensor) -> None:
         )
 
 
-def _slices(updates: Tensor, device: torch.device | None) -> Iterator[tuple[slice, Tensor]]:
+def _slices(updates: Tensor, device: torch.device | None) -> Iterator[Tensor]:
     """Columns of the updates on the device that computes; parameters lie side by side."""
     place = device or updates.device
+    ready = place == updates.device and updates.stride(1) == 1
+    if ready and takes_triton(updates) and len(updates) <= _MOST_ORDERED:
+        yield updates  # the kernels need nothing beside it
+        return
     budget = _SLICE_BYTES if place.type == "cuda" else _CACHE_BYTES
     width = max(1, budget // (len(updates) * updates.element_size()))
     for begin in range(0, updates.shape[1], width):
-        part = slice(begin, min(begin + width, updates.shape[1]))
-        columns = updates[:, part].to(place)
-        yield part, columns if columns.stride(1) == 1 else columns.contiguous()
+        moved = updates[:, begin : begin + width].to(place)
+        yield moved if moved.stride(1) == 1 else moved.contiguous()
 
 
-def _by_columns(updates: Tensor, part: Callable[[Tensor], Tensor], device: torch.device | None) -> Tensor:
+def _joined(updates: Tensor, part: Callable[[Tensor], Tensor], device: torch.device | None) -> Tensor:
+    """A number for every column: (P,)."""
     dtype = torch.promote_types(updates.dtype, torch.float32)
-    out = torch.empty(updates.shape[1:], dtype=dtype, device=updates.device)
-    for place, columns in _slices(updates, device):
-        out[place] = part(columns).to(out)
-    return out
+    parts = [part(columns).to(updates.device, dtype) for columns in _slices(updates, device)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _added(updates: Tensor, part: Callable[[Tensor], Tensor], device: torch.device | None) -> Tensor:
+    """A sum over all columns, in float64."""
+    slices = _slices(updates, device)
+    total = part(next(slices))
+    for columns in slices:
+        total += part(columns)
+    return total

@@ -20,8 +20,8 @@ def weighted_sum_reference(updates: Tensor, weights: Tensor) -> Tensor:
 def median_reference(updates: Tensor) -> Tensor:
     """Median of every coordinate; of an even number the mean of the middle two: (K, P) -> (P,)."""
     ordered = updates.sort(dim=0).values
-    count = len(updates)
-    middle = 0.5 * (ordered[(count - 1) // 2] + ordered[count // 2])
+    first, second = ordered[(len(updates) - 1) // 2], ordered[len(updates) // 2]
+    middle = torch.where(first == second, first, 0.5 * first + 0.5 * second)
     return torch.where(updates.isnan().any(dim=0), torch.nan, middle)
 
 
