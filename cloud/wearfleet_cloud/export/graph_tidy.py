@@ -21,8 +21,8 @@ _PRODUCER: Final = "wearfleet"
 def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy with constant batch-free reshapes, without dead nodes, notes of the exporter and inner shapes.
 
-    The exporter computes the batch size of each reshape at run time (five nodes a reshape); ``0`` in the target
-    shape means "as it was", which is the same and costs nothing.
+    The exporter computes the first size of each reshape at run time (five nodes a reshape); ``-1`` in the target
+    shape means "what is left", which is the same and costs nothing.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -58,13 +58,13 @@ def _constant_reshapes(graph: onnx.GraphProto) -> None:
         if sizes is None:
             continue
         shape = f"{node.output[0]}.shape"
-        graph.initializer.append(numpy_helper.from_array(np.array([0, *sizes], np.int64), shape))
+        graph.initializer.append(numpy_helper.from_array(np.array([-1, *sizes], np.int64), shape))
         node.input[1] = shape
-        del node.attribute[:]  # allowzero, under which 0 would mean an empty axis
+        del node.attribute[:]  # allowzero, which says nothing where no size is 0
 
 
 def _trailing_sizes(concat: onnx.NodeProto | None, producer: dict[str, onnx.NodeProto]) -> list[int] | None:
-    """All sizes but the first, where the first is computed and the others are constants; else None."""
+    """All sizes but the first, where the first is computed and the others are positive constants; else None."""
     if concat is None or concat.op_type != "Concat" or len(concat.input) < 2:
         return None
     if _constant_ints(producer.get(concat.input[0])) is not None:
@@ -72,7 +72,7 @@ def _trailing_sizes(concat: onnx.NodeProto | None, producer: dict[str, onnx.Node
     sizes: list[int] = []
     for name in concat.input[1:]:
         values = _constant_ints(producer.get(name))
-        if values is None:
+        if values is None or min(values, default=1) < 1:
             return None
         sizes.extend(values)
     return sizes

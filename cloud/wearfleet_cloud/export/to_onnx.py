@@ -133,11 +133,13 @@ def write_release(path: Path, data: bytes, manifest: ModelManifest) -> Path:
 
 
 def _trace(scored: ScoredClassifier, channels: int, window: int) -> onnx.ModelProto:
+    """The graph of a model. The exporter gets a captured program: it would capture recurrent layers as loops."""
     example = torch.zeros(2, channels, window)
+    shapes = {"window": {0: torch.export.Dim("N")}}
     with _quiet_exporter():
+        captured = torch.export.export(scored, (example,), dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
-            scored,
-            (example,),
+            captured,
             dynamo=True,
             opset_version=OPSET,
             optimize=False,
@@ -145,7 +147,7 @@ def _trace(scored: ScoredClassifier, channels: int, window: int) -> onnx.ModelPr
             external_data=False,
             input_names=[MODEL_INPUT],
             output_names=list(MODEL_OUTPUTS),
-            dynamic_shapes={"window": {0: torch.export.Dim("N")}},
+            dynamic_shapes=shapes,
         )
     assert program is not None  # the dynamo exporter always returns one
     return program.model_proto

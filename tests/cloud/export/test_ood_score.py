@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -65,12 +67,27 @@ def test_low_rank_score_is_the_distance_under_the_covariance_with_a_flat_tail(ra
     np.testing.assert_allclose(distance_of(new, fit_tied_gaussian(z, y, rank)), expected, rtol=2e-3)
 
 
+def test_nearly_constant_features_do_not_drown_the_distance_in_rounding():
+    # classes far apart in three directions, next to nothing in the other 61: what mean-pooled features look like
+    rng = np.random.default_rng(5)
+    directions = np.linalg.qr(rng.normal(size=(64, 64)))[0]
+    y = np.arange(400) % 4
+    tail = rng.normal(0, 0.03, (400, 64)) @ directions.T
+    z = (30.0 * directions[:, :4].T[y] + tail).astype(np.float32)
+    score = MahalanobisScore(fit_tied_gaussian(z, y, rank=8))
+    x, logits = torch.from_numpy(z), torch.zeros(400, 4)
+    exact = copy.deepcopy(score).double()(x.double(), logits.double())
+    # rounding of a coordinate, eps x 30, over its deviation of 0.03, twice and times the 8 deviations of a distance of
+    # 64: 1e-3; |d|^2 - |p|^2 would round 900 / 0.03^2 = 1e6 to 0.1
+    assert float((score(x, logits).double() - exact).abs().max()) < 2e-3
+
+
 def test_class_without_windows_has_no_mean():
     z, y = embeddings(300, 6, seed=0)
     kept = y != 1
     gaussian = fit_tied_gaussian(z[kept], y[kept], rank=6)
     means, covariance = tied_covariance(z[kept].astype(np.float64), y[kept])
-    assert gaussian.slope.shape[1] == 2
+    assert len(gaussian.centres) == 2
     expected = slow_distance(z[:20].astype(np.float64), means, covariance + 1e-6 * np.eye(6))
     np.testing.assert_allclose(distance_of(z[:20], gaussian), expected, rtol=2e-3, atol=1e-3)
 

@@ -48,7 +48,7 @@ def test_both_scores_are_compared(cnn):
 
 
 @pytest.mark.parametrize(
-    "name", ["head.weight", "backbone.conv1.weight", "backbone.norm2.running_var", "ood.slope"]
+    "name", ["head.weight", "backbone.conv1.weight", "backbone.norm2.running_var", "ood.centres"]
 )
 def test_planted_error_of_one_percent_is_found(cnn, name):
     report = parity_report(scored_of(cnn), planted(cnn.release.data, name, 1.01), cnn.x_validation)
