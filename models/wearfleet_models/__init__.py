@@ -3,7 +3,7 @@
 ``Classifier`` is the whole model (raw window in, logits out), built from a ``ModelSpec``.
 """
 
-from wearfleet_models.classifier import Classifier, ModelSpec, build_classifier
+from wearfleet_models.classifier import BACKBONES, Classifier, ModelSpec, build_classifier
 from wearfleet_models.roles import tensor_roles, tensor_specs
 
-__all__ = ["Classifier", "ModelSpec", "build_classifier", "tensor_roles", "tensor_specs"]
+__all__ = ["BACKBONES", "Classifier", "ModelSpec", "build_classifier", "tensor_roles", "tensor_specs"]

@@ -1,16 +1,17 @@
 """The whole model: raw window in, logits out."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Final, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from wearfleet_protos.errors import ConfigError
 
-from wearfleet_models.backbones import Cnn, Transformer
+from wearfleet_models.backbones import Cnn, DeepConvLstm, PatchTransformer, ResNet, Transformer
 from wearfleet_models.layers import Standardise
 
-__all__ = ["Classifier", "ModelSpec", "build_classifier"]
+__all__ = ["BACKBONES", "Classifier", "ModelSpec", "build_classifier"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +19,13 @@ class ModelSpec:
     """Everything needed to build the same network again.
 
     Args:
-        backbone: "cnn" or "transformer".
+        backbone: a key of :data:`BACKBONES`.
         channels: C of a window.
         window: T of a window, samples.
         classes: K.
-        kernel: length of the convolutions (cnn).
-        dropout: share of dropped activations (transformer).
-        feedforward: width of the feed-forward blocks (transformer).
+        kernel: length of the convolutions (the CNNs) or of a patch (patch-transformer), samples.
+        dropout: share of dropped activations (the Transformers, deep-conv-lstm).
+        feedforward: width of the feed-forward blocks (transformer, transformer-strict).
 
     Raises:
         ConfigError: an unknown backbone or a size below one.
@@ -39,8 +40,8 @@ class ModelSpec:
     feedforward: int = 2048
 
     def __post_init__(self) -> None:
-        if self.backbone not in ("cnn", "transformer"):
-            raise ConfigError(f"unknown backbone {self.backbone!r}; known: cnn, transformer")
+        if self.backbone not in BACKBONES:
+            raise ConfigError(f"unknown backbone {self.backbone!r}; known: {', '.join(BACKBONES)}")
         for field in ("channels", "window", "classes", "kernel", "feedforward"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
@@ -70,7 +71,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.spec = spec
         self.standardise = Standardise(spec.channels)
-        self.backbone = _backbone(spec)
+        self.backbone = cast("Backbone", BACKBONES[spec.backbone](spec))
         self.head = nn.Linear(self.backbone.num_features, spec.classes)
 
     def features(self, x: Tensor, weight: Tensor | None = None, rng: Tensor | None = None) -> Tensor:
@@ -108,7 +109,24 @@ def build_classifier(spec: ModelSpec, seed: int = 0) -> Classifier:
         return Classifier(spec)
 
 
-def _backbone(spec: ModelSpec) -> Cnn | Transformer:
-    if spec.backbone == "cnn":
-        return Cnn(spec.channels, spec.window, spec.kernel)
-    return Transformer(spec.channels, spec.window, dropout=spec.dropout, feedforward=spec.feedforward)
+def _cnn(*filters: int) -> Callable[[ModelSpec], nn.Module]:
+    return lambda spec: Cnn(spec.channels, spec.window, spec.kernel, filters)
+
+
+def _transformer(*, strict: bool) -> Callable[[ModelSpec], nn.Module]:
+    return lambda spec: Transformer(
+        spec.channels, spec.window, dropout=spec.dropout, feedforward=spec.feedforward, strict=strict
+    )
+
+
+BACKBONES: Final[Mapping[str, Callable[[ModelSpec], nn.Module]]] = {
+    "cnn": _cnn(16, 32),
+    "cnn-small": _cnn(16),
+    "cnn-large": _cnn(16, 32, 32, 32),
+    "transformer": _transformer(strict=False),
+    "transformer-strict": _transformer(strict=True),
+    "patch-transformer": lambda spec: PatchTransformer(spec.channels, spec.window, spec.kernel, spec.dropout),
+    "deep-conv-lstm": lambda spec: DeepConvLstm(spec.channels, spec.window, spec.dropout),
+    "resnet": lambda spec: ResNet(spec.channels),
+}
+"""Name -> backbone of a specification; ``transformer-strict`` has the benchmark's faults, for comparison only."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from wearfleet_models import ModelSpec, build_classifier
+from wearfleet_models import BACKBONES, ModelSpec, build_classifier
 from wearfleet_models.backbones import Transformer
+from wearfleet_models.backbones.attention import attend
 from wearfleet_protos.errors import ConfigError
 
-# specs/ood.md, table 1.4: task, channels, window, kernel, number of features
+# acceptance test T14; specs/ood.md, table 1.4: task, channels, window, kernel, number of features
 _TABLE = [
     ("dsads person", 45, 125, 9, 800),
     ("dsads position", 9, 125, 9, 800),
@@ -48,8 +49,29 @@ def test_transformer_has_the_published_number_of_features(channels: int, feature
     assert model.features(torch.randn(2, channels, 128)).shape == (2, features)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "window", "features"), [("cnn-small", 200, 16 * 96), ("cnn-large", 200, 32 * 5)]
+)
+def test_small_and_large_cnn_have_the_number_of_features_that_the_benchmark_states(
+    backbone: str, window: int, features: int
+) -> None:
+    model = build_classifier(ModelSpec(backbone, 8, window, 6)).eval()
+    assert model.features(torch.randn(2, 8, window)).shape == (2, features)
+
+
+@pytest.mark.parametrize("window", [50, 125, 128, 200])
+@pytest.mark.parametrize(
+    ("backbone", "features"), [("patch-transformer", 64), ("deep-conv-lstm", 128), ("resnet", 128)]
+)
+def test_features_of_the_others_do_not_depend_on_the_window(
+    backbone: str, window: int, features: int
+) -> None:
+    model = build_classifier(ModelSpec(backbone, 6, window, 4)).eval()
+    assert model.features(torch.randn(2, 6, window)).shape == (2, features)
+
+
 def _specs() -> list[ModelSpec]:
-    return [ModelSpec("cnn", 6, 64, 4), ModelSpec("transformer", 6, 64, 4, feedforward=32)]
+    return [ModelSpec(name, 6, 64, 4, kernel=3, feedforward=32) for name in BACKBONES]
 
 
 @pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.backbone)
@@ -83,6 +105,47 @@ def test_windows_of_weight_zero_do_not_change_the_others(spec: ModelSpec) -> Non
     torch.testing.assert_close(padded[:3], short, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.backbone)
+def test_stacked_gradients_equal_those_of_single_models(spec: ModelSpec) -> None:
+    models = [build_classifier(spec, seed).double().train() for seed in (0, 1)]
+    x = torch.randn(2, 5, 6, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    keys = torch.tensor([7, 8])
+
+    def loss(params: dict, buffers: dict, x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return functional_call(models[0], {**params, **buffers}, (x, None, key)).square().mean()
+
+    params = [{n: p.detach() for n, p in model.named_parameters()} for model in models]
+    buffers = [dict(model.named_buffers()) for model in models]
+
+    def stack(parts: list[dict]) -> dict:
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+    stacked = vmap(grad(loss))(stack(params), stack(buffers), x, keys)
+    for run in range(2):
+        single = grad(loss)(params[run], buffers[run], x[run], keys[run])
+        mine = {name: tensor[run] for name, tensor in stacked.items()}
+        # float64 sums of at most 10^4 terms of order 1 in another order: far below 1e-9
+        torch.testing.assert_close(mine, single, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_learns_a_small_task(name: str) -> None:
+    # guessing gives 0.25; every backbone was at 1.0 when this was written
+    generator = torch.Generator().manual_seed(4)
+    y = torch.arange(64) % 4
+    phase = torch.rand(64, 1, 1, generator=generator)
+    x = torch.sin(2 * torch.pi * (2 * (1 + y)[:, None, None] * torch.arange(48) / 48.0 + phase))
+    x = x.expand(-1, 2, -1) + 0.1 * torch.randn(64, 2, 48, generator=generator)
+    model = build_classifier(ModelSpec(name, 2, 48, 4, kernel=3, feedforward=32), 1).train()
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(80):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(x, None, torch.tensor(step)), y).backward()
+        optimiser.step()
+    assert float((model.eval()(x).argmax(1) == y).float().mean()) > 0.9
+
+
 def test_dropout_of_the_transformer_follows_the_key() -> None:
     model = build_classifier(ModelSpec("transformer", 6, 64, 4, feedforward=32)).train()
     x = torch.randn(3, 6, 64)
@@ -114,8 +177,12 @@ def test_training_pass_can_be_traced(spec: ModelSpec) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("lstm", 6, 64, 4), "unknown backbone 'lstm'"),
-        (("cnn", 6, 27, 4), "27 samples is too short"),
+        (("lstm", 6, 64, 4), "unknown backbone 'lstm'; known: cnn, cnn-small, cnn-large, transformer"),
+        (("cnn", 6, 27, 4), "27 samples is too short for kernel 9; it needs 28"),
+        (("cnn-small", 6, 9, 4), "it needs 10"),
+        (("cnn-large", 6, 135, 4), "it needs 136"),
+        (("patch-transformer", 6, 17, 4), "it needs 18"),
+        (("deep-conv-lstm", 6, 16, 4), "it needs 17"),
         (("cnn", 0, 64, 4), "channels"),
         (("cnn", 6, 64.0, 4), "window"),
     ],
@@ -125,8 +192,54 @@ def test_an_impossible_model_is_refused_with_the_reason(settings: tuple, message
         build_classifier(ModelSpec(*settings))
 
 
-def test_shortest_possible_window_works() -> None:
-    assert build_classifier(ModelSpec("cnn", 2, 28, 3)).eval()(torch.randn(1, 2, 28)).shape == (1, 3)
+@pytest.mark.parametrize(
+    ("backbone", "window"),
+    [
+        ("cnn", 28),
+        ("cnn-small", 10),
+        ("cnn-large", 136),
+        ("patch-transformer", 18),
+        ("deep-conv-lstm", 17),
+        ("resnet", 1),
+    ],
+)
+def test_shortest_possible_window_works(backbone: str, window: int) -> None:
+    assert build_classifier(ModelSpec(backbone, 2, window, 3)).eval()(torch.randn(1, 2, window)).shape == (
+        1,
+        3,
+    )
+
+
+def test_the_strict_transformer_has_the_faults_of_the_benchmark() -> None:
+    strict = build_classifier(ModelSpec("transformer-strict", 20, 32, 4, feedforward=16)).eval()
+    assert "backbone.channel_embedding" not in strict.state_dict()
+    x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(5))
+    # without an embedding and within reach of each other, channels are a set: swapping two swaps their tokens
+    near = build_classifier(ModelSpec("transformer-strict", 6, 32, 4, feedforward=16)).eval()
+    tokens, swapped = (near.features(v).reshape(6, 64) for v in (x[:, :6], x[:, :6].flip(1)))
+    torch.testing.assert_close(tokens, swapped.flip(0), rtol=1e-4, atol=1e-5)
+    # channel 19 is 13 away from channel 6: after one layer it cannot be seen there, one nearer it can
+    layer, changed = strict.backbone.layers[0], x.clone()
+    changed[:, 19] += 1.0
+    before, after = (layer(strict.backbone.embed(v), None)[0] for v in (x, changed))
+    assert torch.equal(before[:7], after[:7])
+    assert not torch.equal(before[7], after[7])
+
+
+def test_the_strict_transformer_divides_scores_by_the_root_of_the_number_of_tokens() -> None:
+    qkv = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(6))
+    mixed = attend(qkv, 2, scale=5.0**0.5, reach=12)
+    query, key, value = (part.reshape(2, 5, 2, 8).transpose(1, 2) for part in qkv.split(16, dim=2))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=5.0**-0.5)
+    torch.testing.assert_close(mixed, expected.transpose(1, 2).reshape(2, 5, 16), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["patch-transformer", "deep-conv-lstm"])
+def test_the_order_of_events_within_a_window_is_seen(backbone: str) -> None:
+    model = build_classifier(ModelSpec(backbone, 3, 64, 4, kernel=8)).eval()
+    x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(7))
+    turned = x.reshape(1, 3, 8, 8).flip(2).reshape(1, 3, 64)  # the same patches, the last first
+    assert not torch.allclose(model.features(x), model.features(turned), atol=1e-3)
 
 
 def test_transformer_width_must_be_a_multiple_of_the_heads() -> None:

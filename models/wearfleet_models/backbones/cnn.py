@@ -1,10 +1,14 @@
-"""Two-block convolutional network.
+"""Convolutional networks of one, two or four blocks.
 
-Source: HAROOD's "medium" CNN (specs/ood.md 1.4): conv 16, conv 32, each with batch normalisation, ReLU,
-max-pool 2.
+Source: HAROOD's "small", "medium" and "large" CNN (specs/ood.md 1.4): blocks of 16, 16-32 or 16-32-32-32 filters, each
+a convolution, batch normalisation, ReLU and max-pool of 2.
 Differs: one-dimensional convolutions over (B, C, T) instead of two-dimensional ones over (B, C, 1, T); the
-pool comes before the ReLU, which is the same function with half of the work.
+pool comes before the ReLU, which is the same function with half of the work; the number of features follows from the
+window, where the original's small and large networks state it for windows of 200 samples and fail on others.
 """
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +20,37 @@ __all__ = ["Cnn"]
 
 
 class Cnn(nn.Module):
-    """(B, C, T) -> features (B, 32 * L2), L1 = (T - k + 1) // 2, L2 = (L1 - k + 1) // 2.
+    """(B, C, T) -> features (B, F): the last block's filters times what the blocks leave of the window.
+
+    A block turns L samples into (L - k + 1) // 2.
+
+    Args:
+        channels: C.
+        window: T, samples.
+        kernel: k, samples.
+        filters: of each block.
 
     Raises:
-        ConfigError: the window is too short for two convolutions and pools.
+        ConfigError: the window is too short for the blocks.
     """
 
-    def __init__(self, channels: int, window: int, kernel: int = 9) -> None:
+    def __init__(
+        self, channels: int, window: int, kernel: int = 9, filters: Sequence[int] = (16, 32)
+    ) -> None:
         super().__init__()
-        length = ((window - kernel + 1) // 2 - kernel + 1) // 2
+        length, needed = window, 1
+        for _ in filters:
+            length, needed = (length - kernel + 1) // 2, 2 * needed + kernel - 1
         if length < 1:
             raise ConfigError(
-                f"a window of {window} samples is too short for kernel {kernel}; it needs {3 * kernel + 1}"
+                f"a window of {window} samples is too short for kernel {kernel}; it needs {needed}"
             )
-        self.conv1 = Conv(channels, 16, kernel)
-        self.norm1 = BatchNorm(16)
-        self.pool1 = MaxPool(2)
-        self.conv2 = Conv(16, 32, kernel)
-        self.norm2 = BatchNorm(32)
-        self.pool2 = MaxPool(2)
-        self.num_features = 32 * length
+        self.blocks = len(filters)
+        for number, (inputs, outputs) in enumerate(pairwise((channels, *filters)), start=1):
+            self.add_module(f"conv{number}", Conv(inputs, outputs, kernel))
+            self.add_module(f"norm{number}", BatchNorm(outputs))
+            self.add_module(f"pool{number}", MaxPool(2))
+        self.num_features = filters[-1] * length
 
     def forward(self, x: Tensor, weight: Tensor | None = None, rng: Tensor | None = None) -> Tensor:  # noqa: ARG002 - one signature for all backbones
         """Features of every window.
@@ -48,6 +63,7 @@ class Cnn(nn.Module):
         Returns:
             (B, num_features).
         """
-        x = torch.relu(self.pool1(self.norm1(self.conv1(x), weight)))
-        x = torch.relu(self.pool2(self.norm2(self.conv2(x), weight)))
+        for number in range(1, self.blocks + 1):
+            conv, norm, pool = (getattr(self, f"{part}{number}") for part in ("conv", "norm", "pool"))
+            x = torch.relu(pool(norm(conv(x), weight)))
         return x.flatten(1)

@@ -4,8 +4,9 @@ Source: HAROOD's Transformer (specs/ood.md 1.5): Linear(T -> 64) per channel, tw
 with eight heads and a feed-forward width of 2048, dropout 0.2, features are all tokens side by side.
 Differs (faults of the original, specs/ood.md P23): scores are divided by the square root of the head width,
 not of the number of tokens; no mask by channel distance, because the order of channels is arbitrary; every
-channel has a learned embedding, without which the encoder could not tell them apart; a batch of one window
-keeps its axis; the decoder that was never used does not exist.
+channel has a learned embedding, without which the encoder could not tell them apart. ``strict`` has these three
+faults, to compare with published numbers. In both forms a batch of one window keeps its axis, and the decoder that
+was never used does not exist.
 """
 
 import math
@@ -14,9 +15,13 @@ import torch
 from torch import Tensor, nn
 from wearfleet_protos.errors import ConfigError
 
+from wearfleet_models.backbones.attention import attend
 from wearfleet_models.layers import Dropout
 
 __all__ = ["Transformer"]
+
+_STRICT_REACH = 12
+"""Channels further apart than this do not see each other in the benchmark."""
 
 
 class Transformer(nn.Module):
@@ -36,6 +41,7 @@ class Transformer(nn.Module):
         layers: int = 2,
         feedforward: int = 2048,
         dropout: float = 0.2,
+        strict: bool = False,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -43,9 +49,11 @@ class Transformer(nn.Module):
                 f"the width of the transformer ({width}) must be a multiple of its heads ({heads})"
             )
         self.embed = nn.Linear(window, width)
-        self.channel_embedding = nn.Parameter(0.02 * torch.randn(channels, width))
+        self.channel_embedding = None if strict else nn.Parameter(0.02 * torch.randn(channels, width))
+        scale, reach = (math.sqrt(channels), _STRICT_REACH) if strict else (math.sqrt(width // heads), None)
         self.layers = nn.ModuleList(
-            _EncoderLayer(width, heads, feedforward, dropout, salt=2 * index) for index in range(layers)
+            _EncoderLayer(width, heads, feedforward, dropout, salt=2 * index, scale=scale, reach=reach)
+            for index in range(layers)
         )
         self.num_features = channels * width
 
@@ -60,7 +68,9 @@ class Transformer(nn.Module):
         Returns:
             (B, num_features).
         """
-        tokens = self.embed(x) + self.channel_embedding
+        tokens = self.embed(x)
+        if self.channel_embedding is not None:
+            tokens = tokens + self.channel_embedding
         for layer in self.layers:
             tokens = layer(tokens, rng)
         features: Tensor = tokens.flatten(1)
@@ -70,9 +80,21 @@ class Transformer(nn.Module):
 class _EncoderLayer(nn.Module):
     """Self-attention and a feed-forward block, each followed by residual and layer normalisation."""
 
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, salt: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        *,
+        salt: int,
+        scale: float,
+        reach: int | None,
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.scale = scale
+        self.reach = reach
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm1 = nn.LayerNorm(width)
@@ -84,16 +106,9 @@ class _EncoderLayer(nn.Module):
 
     def forward(self, tokens: Tensor, rng: Tensor | None) -> Tensor:
         """(B, C, W) -> (B, C, W)."""
-        attended = self.dropout1(self.out(self._attend(tokens)), rng)
+        mixed = attend(self.qkv(tokens), self.heads, scale=self.scale, reach=self.reach)
+        attended = self.dropout1(self.out(mixed), rng)
         tokens = self.norm1(tokens + attended)
         expanded = self.contract(torch.relu(self.expand(tokens)))
         normalised: Tensor = self.norm2(tokens + self.dropout2(expanded, rng))
         return normalised
-
-    def _attend(self, tokens: Tensor) -> Tensor:
-        batch, count, width = tokens.shape
-        split = self.qkv(tokens).reshape(batch, count, 3, self.heads, width // self.heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, C, width / heads)
-        scores = query @ key.transpose(-1, -2) / math.sqrt(width // self.heads)
-        mixed: Tensor = torch.softmax(scores, dim=-1) @ value
-        return mixed.transpose(1, 2).reshape(batch, count, width)

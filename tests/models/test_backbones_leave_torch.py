@@ -1,0 +1,62 @@
+"""Every backbone exports to an ONNX file that computes the same, and has a training plan or says why not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from wearfleet_cloud.export.parity import parity_report, require_parity
+from wearfleet_cloud.export.scored_classifier import fit_ood, scored_classifier
+from wearfleet_cloud.export.to_onnx import ReleaseInfo, export_bytes
+from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated.plan_builder import build_plan
+from wearfleet_cloud.federated.plan_compiler import operators_of
+from wearfleet_models import BACKBONES, Classifier, ModelSpec, build_classifier
+from wearfleet_protos.errors import ConfigError
+from wearfleet_protos.plan import InputContract
+from wearfleet_protos.recording import Channel
+
+CONTRACT = InputContract(tuple(Channel(a, "m/s^2") for a in "xyz"), 50.0, 64, 32, ("sit", "walk", "run"))
+WITHOUT_PLAN = {"deep-conv-lstm"}
+
+
+def model(backbone: str) -> Classifier:
+    return build_classifier(ModelSpec(backbone, 3, 64, 3, kernel=3, feedforward=32), seed=1)
+
+
+def _trained(model: Classifier, x: np.ndarray, y: np.ndarray) -> Classifier:
+    """Twenty steps: statistics and features as of a model in use, not those of random weights."""
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(20):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        optimiser.step()
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_exported_file_computes_what_torch_computes(backbone: str) -> None:
+    generator = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    x = (generator.normal(0, 1, (120, 3, 64)) + y[:, None, None]).astype(np.float32)
+    trained = _trained(model(backbone), x, y)
+    ood = fit_ood(trained, x, y, x[:40], rank=8)
+    release = ReleaseInfo("m", 1, "run", "Apache-2.0", simulated=True, created_ns=1)
+    data, manifest = export_bytes(trained, CONTRACT, ood, release)
+    require_parity(parity_report(scored_classifier(trained, ood), data, x))
+    assert {spec.name for spec in manifest.tensors} == set(trained.state_dict())
+    assert ("LSTM" in operators_of(data)) == (backbone == "deep-conv-lstm")
+
+
+@pytest.mark.parametrize("backbone", sorted(BACKBONES.keys() - WITHOUT_PLAN))
+def test_a_training_plan_has_standard_operators_only(backbone: str) -> None:
+    plan, graphs = build_plan(create_strategy("fedavg", {}), model(backbone), CONTRACT, plan_id="p")
+    assert plan.phases[1].name == "train"
+    assert all(operators_of(data) for data in graphs.values())
+
+
+@pytest.mark.parametrize("backbone", sorted(WITHOUT_PLAN))
+def test_a_backbone_without_a_plan_is_refused_by_name_of_the_operator(backbone: str) -> None:
+    with pytest.raises(ConfigError, match=r"rnn.*has no ONNX form"):
+        build_plan(create_strategy("fedavg", {}), model(backbone), CONTRACT, plan_id="p")
