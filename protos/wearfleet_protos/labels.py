@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["DSADS19", "EMG6", "SIMULATED6", "UCI_HAR6", "UNLABELLED", "USC_HAD12", "WISDM18"]
+__all__ = [
+    "DSADS19",
+    "EMG6",
+    "MHEALTH12",
+    "PAMAP2_12",
+    "SIMULATED6",
+    "UCI_HAR6",
+    "UNLABELLED",
+    "USC_HAD12",
+    "WESAD4",
+    "WISDM18",
+]
 
 UNLABELLED: Final = -1
 """Class index of a sample or window without a usable label."""
@@ -76,6 +87,38 @@ WISDM18: Final = (
     "writing",
     "clapping",
     "folding clothes",
+)
+
+PAMAP2_12: Final = (
+    "lying",
+    "sitting",
+    "standing",
+    "walking",
+    "running",
+    "cycling",
+    "Nordic walking",
+    "ascending stairs",
+    "descending stairs",
+    "vacuum cleaning",
+    "ironing",
+    "rope jumping",
+)
+
+WESAD4: Final = ("baseline", "stress", "amusement", "meditation")
+
+MHEALTH12: Final = (
+    "standing still",
+    "sitting and relaxing",
+    "lying down",
+    "walking",
+    "climbing stairs",
+    "waist bends forward",
+    "frontal elevation of arms",
+    "knees bending",
+    "cycling",
+    "jogging",
+    "running",
+    "jump front and back",
 )
 
 SIMULATED6: Final = ("walking", "walking upstairs", "walking downstairs", "sitting", "standing", "lying")

@@ -13,9 +13,12 @@ from wearfleet_cloud.data.dsads import DSADS
 from wearfleet_cloud.data.emg import EMG
 from wearfleet_cloud.data.hapt import HAPT
 from wearfleet_cloud.data.har_common import HAR_COMMON, HAR_COMMON_STRICT
+from wearfleet_cloud.data.mhealth import MHEALTH
+from wearfleet_cloud.data.pamap2 import PAMAP2
 from wearfleet_cloud.data.simulator import SIMULATOR
 from wearfleet_cloud.data.uci_har import UCI_HAR
 from wearfleet_cloud.data.usc_had import USC_HAD
+from wearfleet_cloud.data.wesad import WESAD
 from wearfleet_cloud.data.wisdm import WISDM
 
 __all__ = ["DATASETS", "dataset_named"]
@@ -26,9 +29,12 @@ DATASETS: Final = {
     "hapt": HAPT,
     "har-common": HAR_COMMON,
     "har-common-strict": HAR_COMMON_STRICT,
+    "mhealth": MHEALTH,
+    "pamap2": PAMAP2,
     "simulator": SIMULATOR,
     "uci-har": UCI_HAR,
     "usc-had": USC_HAD,
+    "wesad": WESAD,
     "wisdm-51": WISDM,
 }
 

@@ -92,7 +92,7 @@ class Layout:
 
 
 def members(
-    source: Source, wanted: re.Pattern[str], progress: Progress
+    source: Source, wanted: re.Pattern[str], progress: Progress, max_bytes: int = _MAX_MEMBER_BYTES
 ) -> Iterator[tuple[re.Match[str], bytes]]:
     """Read the files whose path matches, in the order in which they lie there (folders: sorted).
 
@@ -100,16 +100,17 @@ def members(
         source: what :meth:`Layout.locate` found.
         wanted: searched in each path, with forward slashes, relative to the archive or folder.
         progress: told about the bytes consumed.
+        max_bytes: a larger file is refused.
 
     Yields:
         The match and the file's content.
 
     Raises:
-        DataError: the archive is truncated or damaged, or a file is larger than 256 MiB.
+        DataError: the archive is truncated or damaged, or a file is too large.
     """
     readers = {"tar": _tar_members, "zip": _zip_file_members, "folder": _folder_members}
     try:
-        yield from readers[source.kind](source.path, wanted, progress)
+        yield from readers[source.kind](source.path, wanted, progress, max_bytes)
     except _DAMAGED as error:
         raise DataError(
             f"{source.path} is truncated or damaged ({type(error).__name__}: {error}); "
@@ -118,7 +119,7 @@ def members(
 
 
 def _tar_members(
-    path: Path, wanted: re.Pattern[str], progress: Progress
+    path: Path, wanted: re.Pattern[str], progress: Progress, max_bytes: int
 ) -> Iterator[tuple[re.Match[str], bytes]]:
     total = path.stat().st_size
     with (
@@ -133,7 +134,7 @@ def _tar_members(
                 continue
             content = tar.extractfile(member)
             assert content is not None  # it is a regular file
-            yield match, _bounded(content, member.name)
+            yield match, _bounded(content, member.name, max_bytes)
         while stream.read(_BLOCK):  # to the end, so that the check sums are verified
             pass
     progress(f"reading {path.name}", total, total)
@@ -146,14 +147,14 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
 
 
 def _zip_file_members(
-    path: Path, wanted: re.Pattern[str], progress: Progress
+    path: Path, wanted: re.Pattern[str], progress: Progress, max_bytes: int
 ) -> Iterator[tuple[re.Match[str], bytes]]:
     with zipfile.ZipFile(path) as archive:
-        yield from _zip_members(archive, path.name, wanted, progress)
+        yield from _zip_members(archive, path.name, wanted, progress, max_bytes)
 
 
 def _zip_members(
-    archive: zipfile.ZipFile, name: str, wanted: re.Pattern[str], progress: Progress
+    archive: zipfile.ZipFile, name: str, wanted: re.Pattern[str], progress: Progress, max_bytes: int
 ) -> Iterator[tuple[re.Match[str], bytes]]:
     """Files of a zip archive; an archive inside it (UCI packs some sets twice) is read as if unpacked."""
     infos = archive.infolist()
@@ -163,31 +164,31 @@ def _zip_members(
         match = wanted.search(info.filename)
         if match is not None and not info.is_dir():
             with archive.open(info) as content:
-                yield match, _bounded(content, info.filename)
+                yield match, _bounded(content, info.filename, max_bytes)
         elif info.filename.endswith(".zip") and info.file_size <= _MAX_NESTED_BYTES:
             with tempfile.TemporaryFile() as copy, archive.open(info) as content:
                 shutil.copyfileobj(content, copy, _BLOCK)
                 with zipfile.ZipFile(copy) as nested:
-                    yield from _zip_members(nested, info.filename, wanted, progress)
+                    yield from _zip_members(nested, info.filename, wanted, progress, max_bytes)
         done += info.compress_size
         progress(f"reading {name}", done, total)
 
 
 def _folder_members(
-    path: Path, wanted: re.Pattern[str], progress: Progress
+    path: Path, wanted: re.Pattern[str], progress: Progress, max_bytes: int
 ) -> Iterator[tuple[re.Match[str], bytes]]:
     found = ((wanted.search(file.relative_to(path).as_posix()), file) for file in sorted(path.rglob("*")))
     files = [(match, file) for match, file in found if match is not None and file.is_file()]
     for index, (match, file) in enumerate(files):
         with file.open("rb") as content:
-            yield match, _bounded(content, str(file))
+            yield match, _bounded(content, str(file), max_bytes)
         progress(f"reading {path.name}", index + 1, len(files))
 
 
-def _bounded(content: IO[bytes], name: str) -> bytes:
-    data = content.read(_MAX_MEMBER_BYTES + 1)
-    if len(data) > _MAX_MEMBER_BYTES:
+def _bounded(content: IO[bytes], name: str, max_bytes: int) -> bytes:
+    data = content.read(max_bytes + 1)
+    if len(data) > max_bytes:
         raise DataError(
-            f"{name}: expected at most {_MAX_MEMBER_BYTES} bytes, got more; this is not the official file"
+            f"{name}: expected at most {max_bytes} bytes, got more; this is not the official file"
         )
     return data

@@ -14,19 +14,21 @@ if TYPE_CHECKING:
 __all__ = ["parse_table"]
 
 
-def parse_table(text: bytes, columns: int, where: str) -> NDArray[np.float64]:
+def parse_table(text: bytes, columns: int, where: str, *, missing: bool = False) -> NDArray[np.float64]:
     """Numbers separated by blanks, tabs or commas, one row a line.
 
     Args:
         text: the file's content, without a header line.
         columns: numbers that every row must have.
         where: the file's name, for messages.
+        missing: True when NaN stands for a value that was lost.
 
     Returns:
         (rows, columns) float64, at least one row.
 
     Raises:
-        DataError: something that is no number, a row of another length, NaN or infinity, or no row at all.
+        DataError: something that is no number, a row of another length, infinity, NaN that is not expected, or no
+            row at all.
     """
     text = text.rstrip()
     lines = text.count(b"\n") + 1
@@ -43,6 +45,9 @@ def parse_table(text: bytes, columns: int, where: str) -> NDArray[np.float64]:
             f"{where}: expected {columns} numbers in each of {lines} lines, got {values.size} numbers; "
             "the file is truncated or not of this data set"
         )
-    if not bool(np.isfinite(values).all()):
-        raise DataError(f"{where}: holds NaN or infinity; expected measured values")
+    bad = np.isinf(values) if missing else ~np.isfinite(values)
+    if bool(bad.any()):
+        raise DataError(
+            f"{where}: holds {'infinity' if missing else 'NaN or infinity'}; expected measured values"
+        )
     return values.reshape(lines, columns)

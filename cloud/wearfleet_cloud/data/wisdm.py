@@ -18,6 +18,7 @@ from wearfleet_protos.recording import Recording
 
 from wearfleet_cloud.data.dataset import INERTIAL6, Counts, Dataset, Download, Progress
 from wearfleet_cloud.data.file_reader import FileReader
+from wearfleet_cloud.data.gaps import stretches
 from wearfleet_cloud.data.layout import Layout, Source, members
 from wearfleet_cloud.data.number_table import parse_table
 
@@ -104,8 +105,7 @@ def align(accel: NDArray[np.float64], gyro: NDArray[np.float64]) -> list[NDArray
         valid &= stream[right, 0] - stream[right - 1, 0] <= _MAX_GAP_S
         columns += [np.interp(grid, stream[:, 0], stream[:, axis]) for axis in (1, 2, 3)]
     samples = np.column_stack(columns).astype(np.float32)
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], valid, [False]))))
-    return [samples[a:b] for a, b in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)]
+    return [samples[piece] for piece in stretches(valid)]
 
 
 def _recordings(source: Source, progress: Progress) -> Iterator[Recording]:

@@ -35,7 +35,18 @@ def run_json(*arguments: str | Path) -> Any:
 def test_list_names_every_data_set_and_whether_it_is_there(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in run_json("list", "--data-root", tmp_path)}
     joined = {"har-common", "har-common-strict"}
-    apart = {"dsads", "emg", "hapt", "simulator", "uci-har", "usc-had", "wisdm-51"}
+    apart = {
+        "dsads",
+        "emg",
+        "hapt",
+        "mhealth",
+        "pamap2",
+        "simulator",
+        "uci-har",
+        "usc-had",
+        "wesad",
+        "wisdm-51",
+    }
     assert rows.keys() == DATASETS.keys() == apart | joined
     assert [name for name, row in rows.items() if row["found"]] == ["simulator"]
     assert [name for name, row in rows.items() if row["simulated"]] == ["simulator"]

@@ -66,6 +66,18 @@ def test_every_packing_gives_the_same_files(tmp_path: Path, place: str, writer, 
     assert found == {"1": FILES["set/a1.txt"], "2": FILES["set/a2.txt"]}
 
 
+@pytest.mark.parametrize(
+    ("writer", "name"), [(write_tar, "my.tar.xz"), (write_zip_in_zip, "my.zip"), (write_folder, "")]
+)
+def test_a_file_above_the_limit_is_refused(tmp_path: Path, writer, name: str) -> None:
+    writer(tmp_path / name)
+    largest = max(len(FILES["set/a1.txt"]), len(FILES["set/a2.txt"]))
+    source = LAYOUT.locate(tmp_path)
+    assert len(list(members(source, WANTED, quiet, largest))) == 2
+    with pytest.raises(DataError, match=f"expected at most {largest - 1} bytes"):
+        list(members(source, WANTED, quiet, largest - 1))
+
+
 def test_the_folder_itself_may_be_the_data_root(tmp_path: Path) -> None:
     write_folder(tmp_path)
     assert LAYOUT.locate(tmp_path / "set") == Source(tmp_path / "set" / ".", "folder")

@@ -30,6 +30,14 @@ def test_anything_but_a_full_finite_table_is_refused(text: bytes, complaint: str
         parse_table(text, 2, "file")
 
 
+def test_lost_values_are_read_where_they_are_expected() -> None:
+    np.testing.assert_array_equal(
+        parse_table(b"1 NaN\nnan 4\n", 2, "file", missing=True), [[1, np.nan], [np.nan, 4]]
+    )
+    with pytest.raises(DataError, match="holds infinity"):
+        parse_table(b"1 NaN\n3 inf\n", 2, "file", missing=True)
+
+
 def test_a_number_moved_to_the_next_line_is_noticed() -> None:
     with pytest.raises(DataError, match="3 lines"):
         parse_table(b"1 2\n3\n4 5 6 7\n", 2, "file")
