@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from wearfleet_models import Classifier
+from wearfleet_models import Classifier, ModelSpec
 from wearfleet_protos.errors import ConfigError
 
 from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, State
@@ -12,9 +12,18 @@ from wearfleet_cloud.algorithms.erm import Erm
 from wearfleet_cloud.algorithms.mixup import Mixup
 from wearfleet_cloud.training.optimisers import Optimiser
 
-__all__ = ["ALGORITHMS", "Algorithm", "AlgorithmInfo", "Batch", "State", "algorithm_info", "build_algorithm"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "AlgorithmInfo",
+    "Batch",
+    "State",
+    "algorithm_info",
+    "build_algorithm",
+    "network_of",
+]
 
-ALGORITHMS: Final[Mapping[str, type[Erm] | type[Mixup] | type[Coral]]] = {
+ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "erm": Erm,
     "mixup": Mixup,
     "coral": Coral,
@@ -32,8 +41,31 @@ def algorithm_info(name: str) -> AlgorithmInfo:
     return ALGORITHMS[name].info
 
 
+def network_of(
+    name: str, spec: ModelSpec, domains: int, options: Mapping[str, str] | None = None
+) -> ModelSpec:
+    """The network that an algorithm trains, from the one that was asked for.
+
+    Args:
+        name: a key of ``ALGORITHMS``.
+        spec: backbone and sizes.
+        domains: number of source domains.
+        options: choices named in the algorithm's metadata.
+
+    Raises:
+        ConfigError: unknown algorithm or option, or a backbone that the algorithm cannot use.
+    """
+    options = _checked(name, options)
+    return ALGORITHMS[name].network(spec, domains, options)
+
+
 def build_algorithm(
-    name: str, model: Classifier, optimiser: Optimiser, options: Mapping[str, str] | None = None
+    name: str,
+    model: Classifier,
+    optimiser: Optimiser,
+    options: Mapping[str, str] | None = None,
+    *,
+    domains: int = 1,
 ) -> Algorithm:
     """Bind an algorithm to a network, which is put into training mode, and an optimiser.
 
@@ -42,15 +74,20 @@ def build_algorithm(
         model: the network; its tensors become the initial state.
         optimiser: makes the updates.
         options: choices named in the algorithm's metadata.
+        domains: number of source domains.
 
     Raises:
         ConfigError: unknown algorithm or option.
     """
-    info = algorithm_info(name)
-    options = options or {}
+    options = _checked(name, options)
+    kind: Callable[..., Algorithm] = ALGORITHMS[name]
+    return kind(model.train(), optimiser, domains, **options)
+
+
+def _checked(name: str, options: Mapping[str, str] | None) -> Mapping[str, str]:
+    info, options = algorithm_info(name), options or {}
     for option, value in options.items():
         if option not in info.options or value not in info.options[option]:
             known = "; ".join(f"{key} = {' | '.join(values)}" for key, values in info.options.items())
             raise ConfigError(f"{name} has no option {option} = {value}; its options: {known or 'none'}")
-    kind: Callable[..., Algorithm] = ALGORITHMS[name]
-    return kind(model.train(), optimiser, **options)
+    return options

@@ -5,34 +5,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from wearfleet_models import Classifier
 
-from wearfleet_cloud.algorithms.base import (
-    AlgorithmInfo,
-    Batch,
-    State,
-    Tensors,
-    accuracy,
-    call,
-    cross_entropy,
-    descend,
-    initial_state,
-    pooled,
-)
-from wearfleet_cloud.training.optimisers import Optimiser
+from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, State, Tensors
+from wearfleet_cloud.algorithms.gradients import descend
+from wearfleet_cloud.algorithms.losses import accuracy, cross_entropy
+from wearfleet_cloud.algorithms.passes import call, pooled
 
 __all__ = ["Erm"]
 
 
 @dataclass(frozen=True, slots=True)
-class Erm:
+class Erm(Algorithm):
     """L = CE(h(F(x)), y) over the windows of all domains together, normalised by joint batch statistics.
 
     Source: Vapnik 1998, "Statistical Learning Theory"; specs/ood.md 2.1.
     """
 
-    model: Classifier
-    optimiser: Optimiser
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         name="erm",
         title="ERM",
@@ -44,10 +32,6 @@ class Erm:
         hyper={},
         options={},
     )
-
-    def init(self) -> State:
-        """As ``Algorithm.init``."""
-        return initial_state(self.model, self.optimiser)
 
     def step(
         self, state: State, batch: Batch, hyper: Mapping[str, Tensor], rng: Tensor

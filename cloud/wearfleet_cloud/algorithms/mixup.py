@@ -6,22 +6,13 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from wearfleet_models import Classifier, randomness
+from wearfleet_models import randomness
 from wearfleet_protos.errors import ConfigError
 
-from wearfleet_cloud.algorithms.base import (
-    AlgorithmInfo,
-    Batch,
-    State,
-    Tensors,
-    accuracy,
-    call,
-    descend,
-    initial_state,
-    pooled,
-)
-from wearfleet_cloud.kernels.soft_cross_entropy import soft_cross_entropy
-from wearfleet_cloud.training.optimisers import Optimiser
+from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, State, Tensors
+from wearfleet_cloud.algorithms.gradients import descend
+from wearfleet_cloud.algorithms.losses import mixed_accuracy, mixed_risk
+from wearfleet_cloud.algorithms.passes import call, pooled
 
 __all__ = ["Mixed", "Mixup", "mix"]
 
@@ -47,7 +38,7 @@ class Mixed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Mixup:
+class Mixup(Algorithm):
     """L = lam CE(f(x_mixed), y_i) + (1 - lam) CE(f(x_mixed), y_j), lam ~ Beta(alpha, alpha).
 
     Pairing "batch": one lam a step, partners by a random order of all windows of all domains, joint
@@ -60,8 +51,6 @@ class Mixup:
         ConfigError: unknown pairing.
     """
 
-    model: Classifier
-    optimiser: Optimiser
     pairing: str = "batch"
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         name="mixup",
@@ -76,12 +65,9 @@ class Mixup:
     )
 
     def __post_init__(self) -> None:
+        Algorithm.__post_init__(self)
         if self.pairing not in self.info.options["pairing"]:
             raise ConfigError(f"pairing of mixup must be batch or domain, got {self.pairing!r}")
-
-    def init(self) -> State:
-        """As ``Algorithm.init``."""
-        return initial_state(self.model, self.optimiser)
 
     def step(
         self, state: State, batch: Batch, hyper: Mapping[str, Tensor], rng: Tensor
@@ -97,9 +83,8 @@ class Mixup:
                 weight = None if mixed.weight is None else mixed.weight[group]
                 logits, buffers = call(self.model, params, buffers, mixed.x[group], weight, keys[group])
                 y, other, share = mixed.y[group], mixed.other[group], mixed.lam[group]
-                loss = loss + _mixed_risk(logits, y, other, share, weight)
-                right = right + share * accuracy(logits, y, weight)
-                right = right + (1.0 - share) * accuracy(logits, other, weight)
+                loss = loss + mixed_risk(logits, y, other, share, weight)
+                right = right + mixed_accuracy(logits, y, other, share, weight)
             return loss / groups, ({"accuracy": right / groups}, buffers)
 
         return descend(objective, state, self.optimiser, hyper["lr"])
@@ -131,12 +116,6 @@ def mix(first: Batch, second: Batch, lam: Tensor) -> Mixed:
     x = share * first.x + (1.0 - share) * second.x
     weight = None if first.weight is None or second.weight is None else first.weight * second.weight
     return Mixed(x, first.y, second.y, lam, weight)
-
-
-def _mixed_risk(logits: Tensor, y: Tensor, other: Tensor, share: Tensor, weight: Tensor | None) -> Tensor:
-    """Share CE(logits, y) + (1 - share) CE(logits, other), the mean over windows (B,): ()."""
-    weights = None if weight is None else weight[None]
-    return soft_cross_entropy(logits[None], y[None], other=other[None], share=share[None], weight=weights)[0]
 
 
 def _take(batch: Batch, order: Tensor, axis: int) -> Batch:

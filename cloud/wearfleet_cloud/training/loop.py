@@ -1,5 +1,6 @@
 """The training loop: data on the device, indices drawn there, and no reading of values between evaluations."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,11 +12,12 @@ from wearfleet_models import randomness
 from wearfleet_protos.errors import DataError
 
 from wearfleet_cloud.algorithms.base import Algorithm, Batch, State
+from wearfleet_cloud.training.sampling import BLOCK, pass_steps, sampler
 
-__all__ = ["Resident", "advance", "resident"]
+__all__ = ["INDICES", "REFRESHES", "STEPS", "Resident", "advance", "resident"]
 
-_BLOCK = 64  # steps whose indices and keys are drawn by one call
-_INDICES, _STEPS = 1, 2  # what a key of a run is for
+INDICES, STEPS, REFRESHES = 1, 2, 3
+"""What a key derived from the key of a run is for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +27,26 @@ class Resident:
     Args:
         x: (N, T, C) float32 raw units, domain after domain; channels innermost, the order convolutions like.
         y: (N,) int64.
+        domain: (N,) int64 number of the source domain.
         first: (D,) int64 first window of each domain.
         count: (D,) int64 windows of each domain.
+        sizes: ``count`` on the host.
     """
 
     x: Tensor
     y: Tensor
+    domain: Tensor
     first: Tensor
     count: Tensor
+    sizes: tuple[int, ...]
 
     def batch(self, index: Tensor) -> Batch:
         """The windows at ``index`` (D, B)."""
-        return Batch(self.x[index].transpose(-1, -2), self.y[index])
+        return Batch(self.x[index].transpose(-1, -2), self.y[index], None, index)
 
-    def indices(self, key: Tensor, block: int, size: int) -> Tensor:
-        """Windows of a block of steps, drawn uniformly with replacement: (64, D, size) int64."""
-        shape = (_BLOCK, len(self.count), size)
-        drawn = randomness.integers(randomness.derive(key, block), 0, shape, self.count[:, None])
-        return drawn + self.first[:, None]
+    def windows(self, part: slice) -> Tensor:
+        """Raw windows (n, C, T) of a part of the N."""
+        return self.x[part].transpose(-1, -2)
 
 
 def resident(
@@ -64,7 +68,10 @@ def resident(
     y = torch.from_numpy(np.concatenate([y for _, y in domains])).long()
     count = torch.tensor(counts)
     first = torch.cumsum(count, dim=0) - count
-    return Resident(x.to(device), y.to(device), first.to(device), count.to(device))
+    domain = torch.repeat_interleave(torch.arange(len(counts)), count)
+    return Resident(
+        x.to(device), y.to(device), domain.to(device), first.to(device), count.to(device), tuple(counts)
+    )
 
 
 def advance(
@@ -93,17 +100,30 @@ def advance(
         on_step: called with the number of steps made so far, after each.
 
     Returns:
-        The state afterwards, and the mean of every metric over the steps, () each, still on the device.
+        The state afterwards, and the mean of every metric over the steps that gave it, () each, still on the device.
     """
-    index_key, step_key = randomness.derive(key, _INDICES), randomness.derive(key, _STEPS)
+    size = algorithm.shape(batch)[1]
+    draws = sampler(
+        algorithm.info.sampling,
+        randomness.derive(key, INDICES),
+        size,
+        first=data.first,
+        count=data.count,
+        sizes=data.sizes,
+    )
+    in_a_pass = pass_steps(algorithm.info.sampling, data.sizes, size)
+    step_key, refresh_key = randomness.derive(key, STEPS), randomness.derive(key, REFRESHES)
     sums: dict[str, Tensor] = {}
+    times: Counter[str] = Counter()
     for step in steps:
-        if step == steps.start or step % _BLOCK == 0:
-            indices = data.indices(index_key, step // _BLOCK, batch)
-            begin = step - step % _BLOCK
-            keys = randomness.derive(step_key, torch.arange(begin, begin + _BLOCK, device=key.device))
-        drawn = data.batch(indices[step % _BLOCK])
-        state, metrics = algorithm.step(state, drawn, hyper, keys[step % _BLOCK])
-        sums = {name: sums[name] + value if sums else value for name, value in metrics.items()}
+        if step == steps.start or step % BLOCK == 0:
+            begin = step - step % BLOCK
+            keys = randomness.derive(step_key, torch.arange(begin, begin + BLOCK, device=key.device))
+        if algorithm.refresh_at(step, in_a_pass):
+            state = algorithm.refresh(state, data, hyper, randomness.derive(refresh_key, step))
+        drawn = data.batch(draws.at(step))
+        state, metrics = algorithm.step_at(step, in_a_pass)(state, drawn, hyper, keys[step % BLOCK])
+        sums = {**sums, **{name: sums.get(name, 0.0) + value for name, value in metrics.items()}}
+        times.update(metrics)
         on_step(step + 1)
-    return state, {name: value / len(steps) for name, value in sums.items()}
+    return state, {name: value / times[name] for name, value in sums.items()}

@@ -107,7 +107,7 @@ class Session:
     def _segment(self, before: Checkpoint | None, progress: Progress) -> tuple[Checkpoint, dict[str, object]]:
         """Advance to the next evaluation and score."""
         config = self.config
-        state = before.state if before else self.algorithm.init()
+        state = before.state if before else self.algorithm.init(config.seed)
         first = before.step if before else 0
         last = min((first // config.evaluate_every + 1) * config.evaluate_every, config.steps)
         began = time.perf_counter()
@@ -126,12 +126,12 @@ class Session:
         scores = self._scores(state)
         accuracy = scores["source_validation_accuracy"]
         best = select(before.best if before else None, last, accuracy)
-        kept = {**state.params, **state.buffers} if before is None or best.step == last else before.kept
+        kept = self.algorithm.inference(state) if before is None or best.step == last else before.kept
         row: dict[str, object] = {"step": last, **metrics, **scores, "seconds": round(seconds, 3)}
         return Checkpoint(self.fingerprint, last, state, best, kept, seconds), row
 
     def _scores(self, state: State) -> dict[str, float]:
-        tensors: Mapping[str, Tensor] = {**state.params, **state.buffers}
+        tensors: Mapping[str, Tensor] = self.algorithm.inference(state)
         classes = self.model.spec.classes
         domains = [evaluate(self.model, tensors, v.x, v.y, classes) for v in self.validation]
         target = evaluate(self.model, tensors, self.target.x, self.target.y, classes)

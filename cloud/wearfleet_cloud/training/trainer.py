@@ -13,7 +13,7 @@ import torch
 from wearfleet_models import Classifier, ModelSpec, build_classifier
 from wearfleet_protos.errors import ConfigError, ShapeError
 
-from wearfleet_cloud.algorithms import algorithm_info, build_algorithm
+from wearfleet_cloud.algorithms import algorithm_info, build_algorithm, network_of
 from wearfleet_cloud.data.dataset import Dataset, Progress, silent
 from wearfleet_cloud.data.scenarios import Scenario, SourceSplit, split_sources
 from wearfleet_cloud.data.standardisation import standardisation_of
@@ -136,13 +136,16 @@ def _session(
     folder: Path,
 ) -> Session:
     device = torch.device(config.device)
-    model = build_classifier(spec, config.seed)
+    domains = len(split.train)
+    model = build_classifier(network_of(algorithm, spec, domains, config.options), config.seed)
     mean, std = standardisation_of([domain.x for domain in split.train])
     model.standardise.mean.copy_(torch.from_numpy(mean))
     model.standardise.std.copy_(torch.from_numpy(std))
     model.to(device)
     return Session(
-        algorithm=build_algorithm(algorithm, model, config.build_optimiser(), config.options),
+        algorithm=build_algorithm(
+            algorithm, model, config.build_optimiser(), config.options, domains=domains
+        ),
         model=model,
         config=config,
         fingerprint=_fingerprint(scenario, split, algorithm, spec, config),

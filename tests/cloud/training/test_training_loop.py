@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wearfleet_cloud.algorithms import State, build_algorithm
 from wearfleet_cloud.training.loop import Resident, advance, resident
 from wearfleet_cloud.training.optimisers import Adam
+from wearfleet_cloud.training.sampling import draw_block, pass_steps, sampler
 from wearfleet_models import ModelSpec, build_classifier
 from wearfleet_protos.errors import DataError
 
@@ -51,7 +52,9 @@ def test_windows_lie_channels_innermost_and_come_out_as_they_went_in() -> None:
 
 def test_every_window_of_a_domain_is_drawn_equally_often_and_no_other() -> None:
     data, draws = _data(), 40
-    drawn = torch.cat([data.indices(torch.tensor(7), block, 8) for block in range(draws)])
+    drawn = torch.cat(
+        [draw_block(torch.tensor(7), block, 8, data.first, data.count) for block in range(draws)]
+    )
     begin = 0
     for domain, size in enumerate(_SIZES):
         counts = torch.bincount(drawn[:, domain].flatten() - begin, minlength=size)
@@ -59,6 +62,18 @@ def test_every_window_of_a_domain_is_drawn_equally_often_and_no_other() -> None:
         assert len(counts) == size
         assert float((counts - expected).abs().max()) < 5 * expected**0.5
         begin += size
+
+
+def test_pooled_passes_see_every_window_once_and_in_another_order_each_time() -> None:
+    data = _data()
+    draws = sampler("pooled", torch.tensor(3), 8, first=data.first, count=data.count, sizes=data.sizes)
+    steps = pass_steps("pooled", data.sizes, 8)
+    assert steps == 4  # 34 windows; the last two of a pass are left out
+    passes = [torch.cat([draws.at(steps * k + step)[0] for step in range(steps)]) for k in range(2)]
+    assert all(len(set(seen.tolist())) == 32 and seen.max() < 34 for seen in passes)
+    assert not torch.equal(passes[0], passes[1])
+    again = sampler("pooled", torch.tensor(3), 8, first=data.first, count=data.count, sizes=data.sizes)
+    assert torch.equal(again.at(5), draws.at(5))
 
 
 def test_a_run_in_pieces_is_the_same_run() -> None:

@@ -1,0 +1,145 @@
+"""Forward passes of networks on given tensors."""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from wearfleet_models import Classifier, randomness
+
+from wearfleet_cloud.algorithms.base import Batch, Tensors
+
+__all__ = [
+    "call",
+    "call_part",
+    "embed",
+    "features_of_domains",
+    "head",
+    "pooled",
+    "reverse_gradient",
+]
+
+
+def call(model: nn.Module, params: Tensors, buffers: Tensors, *args: object) -> tuple[Tensor, Tensors]:
+    """Run the network on given tensors.
+
+    Args:
+        model: in training mode; its own tensors are not read.
+        params: named parameters; those of parts are passed over.
+        buffers: named buffers; not changed.
+        args: of ``model.forward``.
+
+    Returns:
+        What ``model`` returns, and the buffers after the pass (those of parts as they were).
+    """
+    tensors = {name: t for name, t in (*params.items(), *buffers.items()) if "/" not in name}
+    output: Tensor = functional_call(model, tensors, args)
+    return output, {name: tensors.get(name, buffer) for name, buffer in buffers.items()}
+
+
+def call_part(
+    part: str, module: nn.Module, params: Tensors, buffers: Tensors, *args: object
+) -> tuple[Tensor, Tensors]:
+    """Run a module that only training needs, on the tensors called ``<part>/...``.
+
+    Args:
+        part: its name.
+        module: its own tensors are not read.
+        params: named parameters of everything.
+        buffers: named buffers of everything; not changed.
+        args: of ``module.forward``.
+
+    Returns:
+        What it returns, and all buffers after the pass.
+    """
+    prefix = f"{part}/"
+    tensors = {
+        name.removeprefix(prefix): t
+        for name, t in (*params.items(), *buffers.items())
+        if name.startswith(prefix)
+    }
+    output: Tensor = functional_call(module, tensors, args)
+    after = {
+        name: tensors[name.removeprefix(prefix)] if name.startswith(prefix) else buffer
+        for name, buffer in buffers.items()
+    }
+    return output, after
+
+
+def pooled(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The windows of all domains as one batch: x (D*B, C, T), y (D*B,), weight (D*B,) or None."""
+    weight = None if batch.weight is None else batch.weight.flatten()
+    return batch.x.flatten(0, 1), batch.y.flatten(), weight
+
+
+def embed(
+    model: Classifier, params: Tensors, buffers: Tensors, x: Tensor, weight: Tensor | None, rng: Tensor | None
+) -> tuple[Tensor, Tensors]:
+    """What the head of the network takes, in one pass over all windows together.
+
+    Args:
+        model: its mode decides between batch and running statistics.
+        params: named parameters.
+        buffers: named buffers; not changed.
+        x: (B, C, T) raw windows.
+        weight: (B,) weights or None.
+        rng: () int64 key of dropout masks, None for none.
+
+    Returns:
+        (B, F), and the buffers after the pass.
+    """
+    tensors = _under_model(params, buffers)
+    features: Tensor = functional_call(_Embedding(model), tensors, (x, weight, rng))
+    return features, {name: tensors.get(f"model.{name}", buffer) for name, buffer in buffers.items()}
+
+
+def head(params: Tensors, features: Tensor) -> Tensor:
+    """Logits (..., K) of features (..., F) by the network's linear head."""
+    return features @ params["head.weight"].T + params["head.bias"]
+
+
+def features_of_domains(
+    model: Classifier, params: Tensors, buffers: Tensors, batch: Batch, rng: Tensor
+) -> tuple[Tensor, Tensor, Tensors]:
+    """One pass a domain, each normalised by its own statistics; the running ones see the domains in turn.
+
+    Args:
+        model: in training mode.
+        params: named parameters.
+        buffers: named buffers; not changed.
+        batch: (D, B) windows.
+        rng: () int64 key; every domain gets a key of its own.
+
+    Returns:
+        features (D, B, F), logits (D, B, K), buffers after the passes.
+    """
+    keys = randomness.derive(rng, torch.arange(batch.y.shape[0], device=rng.device))
+    passes: list[Tensor] = []
+    for domain in range(batch.y.shape[0]):
+        weight = None if batch.weight is None else batch.weight[domain]
+        features, buffers = embed(model, params, buffers, batch.x[domain], weight, keys[domain])
+        passes.append(features)
+    together = torch.stack(passes)
+    return together, head(params, together), buffers
+
+
+def reverse_gradient(features: Tensor, alpha: Tensor) -> Tensor:
+    """The features themselves; their gradient is multiplied by ``-alpha``.
+
+    Source: Ganin et al. 2016, arXiv:1505.07818, equation 4.4 (gradient reversal layer).
+    """
+    fixed = features.detach()
+    return fixed - alpha * (features - fixed)
+
+
+class _Embedding(nn.Module):
+    """A classifier up to its head."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, weight: Tensor | None, rng: Tensor | None) -> Tensor:
+        return self.model.features(x, weight, rng)
+
+
+def _under_model(params: Tensors, buffers: Tensors) -> Tensors:
+    return {f"model.{name}": t for name, t in (*params.items(), *buffers.items()) if "/" not in name}
