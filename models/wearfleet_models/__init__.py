@@ -4,6 +4,15 @@
 """
 
 from wearfleet_models.classifier import BACKBONES, Classifier, ModelSpec, build_classifier
+from wearfleet_models.necks import NECKS
 from wearfleet_models.roles import tensor_roles, tensor_specs
 
-__all__ = ["BACKBONES", "Classifier", "ModelSpec", "build_classifier", "tensor_roles", "tensor_specs"]
+__all__ = [
+    "BACKBONES",
+    "NECKS",
+    "Classifier",
+    "ModelSpec",
+    "build_classifier",
+    "tensor_roles",
+    "tensor_specs",
+]

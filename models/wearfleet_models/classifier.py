@@ -10,6 +10,7 @@ from wearfleet_protos.errors import ConfigError
 
 from wearfleet_models.backbones import Cnn, DeepConvLstm, PatchTransformer, ResNet, Transformer
 from wearfleet_models.layers import Standardise
+from wearfleet_models.necks import NECKS, Neck
 
 __all__ = ["BACKBONES", "Classifier", "ModelSpec", "build_classifier"]
 
@@ -26,9 +27,12 @@ class ModelSpec:
         kernel: length of the convolutions (the CNNs) or of a patch (patch-transformer), samples.
         dropout: share of dropped activations (the Transformers, deep-conv-lstm).
         feedforward: width of the feed-forward blocks (transformer, transformer-strict).
+        neck: what stands between backbone and head, a key of :data:`wearfleet_models.NECKS`.
+        neck_width: numbers in the embedding (bottleneck, dense, mixture).
+        domains: number of source domains, at least 1 (mixture).
 
     Raises:
-        ConfigError: an unknown backbone or a size below one.
+        ConfigError: an unknown backbone or neck, a size below one, or a mixture over no domains.
     """
 
     backbone: str
@@ -38,14 +42,22 @@ class ModelSpec:
     kernel: int = 9
     dropout: float = 0.2
     feedforward: int = 2048
+    neck: str = "none"
+    neck_width: int = 256
+    domains: int = 0
 
     def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise ConfigError(f"unknown backbone {self.backbone!r}; known: {', '.join(BACKBONES)}")
-        for field in ("channels", "window", "classes", "kernel", "feedforward"):
+        for kind, name, known in (("backbone", self.backbone, BACKBONES), ("neck", self.neck, NECKS)):
+            if name not in known:
+                raise ConfigError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+        lowest = dict.fromkeys(("channels", "window", "classes", "kernel", "feedforward", "neck_width"), 1)
+        lowest["domains"] = 1 if self.neck == "mixture" else 0
+        for field, least in lowest.items():
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field} of the model must be a whole number of at least 1, got {value!r}")
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(
+                    f"{field} of the model must be a whole number of at least {least}, got {value!r}"
+                )
 
     def to_dict(self) -> dict[str, object]:
         """The fields, for JSON; ``ModelSpec(**d)`` is the inverse."""
@@ -62,9 +74,10 @@ class Backbone(Protocol):
 
 
 class Classifier(nn.Module):
-    """Standardise, backbone, linear head.
+    """Standardise, backbone, neck, linear head.
 
-    ``standardise`` holds the statistics of the training data, so a window enters in raw units.
+    ``standardise`` holds the statistics of the training data, so a window enters in raw units. Without a neck the
+    tensors are those of backbone and head only, and their names say nothing of a neck.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -72,10 +85,12 @@ class Classifier(nn.Module):
         self.spec = spec
         self.standardise = Standardise(spec.channels)
         self.backbone = cast("Backbone", BACKBONES[spec.backbone](spec))
-        self.head = nn.Linear(self.backbone.num_features, spec.classes)
+        neck = NECKS[spec.neck](self.backbone.num_features, spec.neck_width, spec.domains)
+        self.neck = cast("Neck", neck)
+        self.head = nn.Linear(self.neck.num_features, spec.classes)
 
     def features(self, x: Tensor, weight: Tensor | None = None, rng: Tensor | None = None) -> Tensor:
-        """Features of raw windows.
+        """The embedding of raw windows: what the head takes.
 
         Args:
             x: (B, C, T) raw units.
@@ -85,8 +100,8 @@ class Classifier(nn.Module):
         Returns:
             (B, F).
         """
-        features: Tensor = self.backbone(self.standardise(x), weight, rng)
-        return features
+        embedding: Tensor = self.neck(self.backbone(self.standardise(x), weight, rng), weight)
+        return embedding
 
     def forward(self, x: Tensor, weight: Tensor | None = None, rng: Tensor | None = None) -> Tensor:
         """Logits (B, K) of raw windows; arguments as in ``features``."""

@@ -21,7 +21,7 @@ __all__ = ["BatchNorm", "Conv", "Dropout", "MaxPool", "Standardise"]
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over windows and time, with optional window weights.
+    """Batch normalisation over windows and, where there is one, time, with optional window weights.
 
     Source:
         Ioffe and Szegedy 2015, arXiv:1502.03167; running variance unbiased, as in torch.
@@ -42,14 +42,16 @@ class BatchNorm(nn.BatchNorm1d):
         """Normalise every channel.
 
         Args:
-            x: (B, C, T) float.
+            x: (B, C, T) or (B, C) float.
             weight: (B,) weight of each window, None for all ones; ignored in evaluation.
 
         Returns:
-            (B, C, T).
+            The shape of ``x``.
         """
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if x.ndim == 2:
+            return self.forward(x.unsqueeze(2), weight).squeeze(2)
         return self._plain(x) if weight is None else self._weighted(x, weight)
 
     def _plain(self, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Every backbone exports to an ONNX file that computes the same, and has a training plan or says why not."""
+"""Every network exports to an ONNX file that computes the same, and has a training plan or says why not."""
 
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from wearfleet_cloud.export.parity import parity_report, require_parity
@@ -11,7 +12,7 @@ from wearfleet_cloud.export.to_onnx import ReleaseInfo, export_bytes
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.plan_compiler import operators_of
-from wearfleet_models import BACKBONES, Classifier, ModelSpec, build_classifier
+from wearfleet_models import BACKBONES, NECKS, Classifier, ModelSpec, build_classifier
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.plan import InputContract
 from wearfleet_protos.recording import Channel
@@ -20,8 +21,18 @@ CONTRACT = InputContract(tuple(Channel(a, "m/s^2") for a in "xyz"), 50.0, 64, 32
 WITHOUT_PLAN = {"deep-conv-lstm"}
 
 
-def model(backbone: str) -> Classifier:
-    return build_classifier(ModelSpec(backbone, 3, 64, 3, kernel=3, feedforward=32), seed=1)
+SPECS = {
+    **{name: ModelSpec(name, 3, 64, 3, kernel=3, feedforward=32) for name in BACKBONES},
+    **{
+        f"cnn, {name}": ModelSpec("cnn", 3, 64, 3, kernel=3, neck=name, neck_width=16, domains=4)
+        for name in NECKS
+        if name != "none"
+    },
+}
+
+
+def model(name: str) -> Classifier:
+    return build_classifier(SPECS[name], seed=1)
 
 
 def _trained(model: Classifier, x: np.ndarray, y: np.ndarray) -> Classifier:
@@ -35,23 +46,30 @@ def _trained(model: Classifier, x: np.ndarray, y: np.ndarray) -> Classifier:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_the_exported_file_computes_what_torch_computes(backbone: str) -> None:
+@pytest.mark.parametrize("name", SPECS)
+def test_the_exported_file_computes_what_torch_computes(name: str) -> None:
     generator = np.random.default_rng(0)
     y = np.arange(120) % 3
     x = (generator.normal(0, 1, (120, 3, 64)) + y[:, None, None]).astype(np.float32)
-    trained = _trained(model(backbone), x, y)
+    trained = _trained(model(name), x, y)
     ood = fit_ood(trained, x, y, x[:40], rank=8)
     release = ReleaseInfo("m", 1, "run", "Apache-2.0", simulated=True, created_ns=1)
     data, manifest = export_bytes(trained, CONTRACT, ood, release)
     require_parity(parity_report(scored_classifier(trained, ood), data, x))
     assert {spec.name for spec in manifest.tensors} == set(trained.state_dict())
-    assert ("LSTM" in operators_of(data)) == (backbone == "deep-conv-lstm")
+    floats = {
+        tensor.name
+        for tensor in onnx.load_model_from_string(data).graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and not tensor.name.startswith("ood.")
+    }
+    # acceptance test T17: backbone, neck, head and their statistics, and nothing that only training needs
+    assert floats == {n for n, tensor in trained.state_dict().items() if tensor.is_floating_point()}
+    assert ("LSTM" in operators_of(data)) == (name == "deep-conv-lstm")
 
 
-@pytest.mark.parametrize("backbone", sorted(BACKBONES.keys() - WITHOUT_PLAN))
-def test_a_training_plan_has_standard_operators_only(backbone: str) -> None:
-    plan, graphs = build_plan(create_strategy("fedavg", {}), model(backbone), CONTRACT, plan_id="p")
+@pytest.mark.parametrize("name", sorted(SPECS.keys() - WITHOUT_PLAN))
+def test_a_training_plan_has_standard_operators_only(name: str) -> None:
+    plan, graphs = build_plan(create_strategy("fedavg", {}), model(name), CONTRACT, plan_id="p")
     assert plan.phases[1].name == "train"
     assert all(operators_of(data) for data in graphs.values())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from wearfleet_models import BACKBONES, ModelSpec, build_classifier
+from wearfleet_models import BACKBONES, NECKS, ModelSpec, build_classifier
 from wearfleet_models.backbones import Transformer
 from wearfleet_models.backbones.attention import attend
 from wearfleet_protos.errors import ConfigError
@@ -71,10 +71,18 @@ def test_features_of_the_others_do_not_depend_on_the_window(
 
 
 def _specs() -> list[ModelSpec]:
-    return [ModelSpec(name, 6, 64, 4, kernel=3, feedforward=32) for name in BACKBONES]
+    bare = [ModelSpec(name, 6, 64, 4, kernel=3, feedforward=32) for name in BACKBONES]
+    necks = [
+        ModelSpec("cnn", 6, 64, 4, neck=name, neck_width=8, domains=3) for name in NECKS if name != "none"
+    ]
+    return [*bare, *necks]
 
 
-@pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.backbone)
+def _id(spec: ModelSpec) -> str:
+    return f"{spec.backbone}-{spec.neck}"
+
+
+@pytest.mark.parametrize("spec", _specs(), ids=_id)
 def test_evaluation_of_a_window_does_not_depend_on_its_batch(spec: ModelSpec) -> None:
     model = build_classifier(spec).eval()
     x = torch.randn(5, 6, 64, generator=torch.Generator().manual_seed(1))
@@ -82,7 +90,7 @@ def test_evaluation_of_a_window_does_not_depend_on_its_batch(spec: ModelSpec) ->
     torch.testing.assert_close(model(x), one_by_one, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.backbone)
+@pytest.mark.parametrize("spec", _specs(), ids=_id)
 def test_same_spec_and_seed_give_the_same_weights_and_leave_the_global_generator_alone(
     spec: ModelSpec,
 ) -> None:
@@ -94,7 +102,7 @@ def test_same_spec_and_seed_give_the_same_weights_and_leave_the_global_generator
     assert not torch.equal(first.head.weight, other.head.weight)
 
 
-@pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.backbone)
+@pytest.mark.parametrize("spec", _specs(), ids=_id)
 def test_windows_of_weight_zero_do_not_change_the_others(spec: ModelSpec) -> None:
     model = build_classifier(spec).train()
     x = torch.randn(6, 6, 64, generator=torch.Generator().manual_seed(2))
@@ -105,7 +113,7 @@ def test_windows_of_weight_zero_do_not_change_the_others(spec: ModelSpec) -> Non
     torch.testing.assert_close(padded[:3], short, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.backbone)
+@pytest.mark.parametrize("spec", _specs(), ids=_id)
 def test_stacked_gradients_equal_those_of_single_models(spec: ModelSpec) -> None:
     models = [build_classifier(spec, seed).double().train() for seed in (0, 1)]
     x = torch.randn(2, 5, 6, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -160,7 +168,7 @@ def test_transformer_tells_channels_apart() -> None:
     assert not torch.allclose(tokens, swapped.flip(0), atol=1e-3)
 
 
-@pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.backbone)
+@pytest.mark.parametrize("spec", _specs(), ids=_id)
 def test_training_pass_can_be_traced(spec: ModelSpec) -> None:
     model = build_classifier(spec).train()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from wearfleet_models.necks import Branches
 from wearfleet_protos.errors import IntegrityError
 from wearfleet_protos.manifest import MODEL_OUTPUTS
 
@@ -99,5 +100,9 @@ def require_parity(report: ParityReport) -> None:
 
 def _reduction_length(scored: ScoredClassifier) -> int:
     """Sum over all matrices of the number of products that each of their outputs adds up."""
-    fan_in = sum(p.numel() // p.shape[0] for p in scored.parameters() if p.ndim >= 2)
+    fan_in = 0
+    for module in scored.modules():
+        for matrix in (p for p in module.parameters(recurse=False) if p.ndim >= 2):
+            results = matrix.shape[:2] if isinstance(module, Branches) else matrix.shape[:1]
+            fan_in += matrix.numel() // results.numel()
     return fan_in + sum(b.shape[0] for b in scored.ood.buffers() if b.ndim == 2)

@@ -17,11 +17,15 @@ from wearfleet_cloud.export.ood_score import (
     DEFAULT_METHOD,
     DEFAULT_RANK,
     OOD_METHODS,
+    Centroids,
+    CosineScore,
     EnergyScore,
     MahalanobisScore,
+    MaxProbabilityScore,
     OodMethod,
     OodScore,
     TiedGaussian,
+    fit_centroids,
     fit_tied_gaussian,
     threshold_of,
 )
@@ -41,12 +45,12 @@ class OodStatistics:
     Args:
         method: which score.
         threshold: a score above it is out of distribution.
-        gaussian: the distance, None for energy.
+        fitted: what was learned of the training windows: the distance or the centroids, None for the others.
     """
 
     method: OodMethod
     threshold: float
-    gaussian: TiedGaussian | None
+    fitted: TiedGaussian | Centroids | None
 
 
 class ScoredClassifier(nn.Module):
@@ -60,12 +64,13 @@ class ScoredClassifier(nn.Module):
         super().__init__()
         self.standardise = model.standardise
         self.backbone = model.backbone
+        self.neck = model.neck
         self.head = model.head
         self.ood = score
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(N, C, T) raw units -> logits (N, K), probabilities (N, K), embedding (N, F), ood_score (N,)."""
-        embedding = self.backbone(self.standardise(window), None, None)
+        embedding = self.neck(self.backbone(self.standardise(window), None, None), None)
         logits = self.head(embedding)
         return logits, torch.softmax(logits, dim=1), embedding, self.ood(embedding, logits)
 
@@ -76,10 +81,7 @@ def scored_classifier(model: Classifier, ood: OodStatistics) -> ScoredClassifier
     Raises:
         ConfigError: the statistics do not belong to their method.
     """
-    if (ood.method == "mahalanobis") != (ood.gaussian is not None):
-        raise ConfigError(f"method {ood.method!r} does not fit the statistics given; fit them with fit_ood")
-    score = EnergyScore() if ood.gaussian is None else MahalanobisScore(ood.gaussian)
-    return ScoredClassifier(copy.deepcopy(model).cpu(), score).eval()
+    return ScoredClassifier(copy.deepcopy(model).cpu(), _score(ood)).eval()
 
 
 def fit_ood(
@@ -107,10 +109,14 @@ def fit_ood(
     """
     if method not in OOD_METHODS:
         raise ConfigError(f"unknown out-of-distribution score {method!r}; known: {', '.join(OOD_METHODS)}")
-    gaussian = fit_tied_gaussian(embed(model, x), y, rank) if method == "mahalanobis" else None
-    unset = OodStatistics(method, 0.0, gaussian)
+    fitted: TiedGaussian | Centroids | None = None
+    if method == "mahalanobis":
+        fitted = fit_tied_gaussian(embed(model, x), y, rank)
+    elif method == "cosine":
+        fitted = fit_centroids(embed(model, x), y)
+    unset = OodStatistics(method, 0.0, fitted)
     scores = outputs_of(scored_classifier(model, unset), x_validation)["ood_score"]
-    return OodStatistics(method, threshold_of(scores), gaussian)
+    return OodStatistics(method, threshold_of(scores), fitted)
 
 
 def embed(model: Classifier, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -134,3 +140,16 @@ def outputs_of(scored: ScoredClassifier, x: NDArray[np.float32]) -> dict[str, ND
         parts = [scored(torch.from_numpy(np.array(x[i : i + _BATCH]))) for i in range(0, len(x), _BATCH)]
     columns = zip(*parts, strict=True)
     return {name: torch.cat(column).numpy() for name, column in zip(MODEL_OUTPUTS, columns, strict=True)}
+
+
+def _score(ood: OodStatistics) -> OodScore:
+    match ood.method, ood.fitted:
+        case "max-probability", None:
+            return MaxProbabilityScore()
+        case "energy", None:
+            return EnergyScore()
+        case "mahalanobis", TiedGaussian():
+            return MahalanobisScore(ood.fitted)
+        case "cosine", Centroids():
+            return CosineScore(ood.fitted)
+    raise ConfigError(f"method {ood.method!r} does not fit the statistics given; fit them with fit_ood")

@@ -47,7 +47,7 @@ class PlanBatchNorm(BatchNorm):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """As ``BatchNorm.forward``; without weights all windows weigh 1."""
-        if not self.training:
+        if x.ndim == 2 or not self.training:
             return super().forward(x, weight)
         weights = torch.ones_like(x[:, 0, 0]) if weight is None else weight
         total = weights.sum()
