@@ -9,6 +9,7 @@ from wearfleet_protos.errors import ConfigError
 from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, State
 from wearfleet_cloud.algorithms.coral import Coral
 from wearfleet_cloud.algorithms.erm import Erm
+from wearfleet_cloud.algorithms.fixed import Fix, Fixed
 from wearfleet_cloud.algorithms.mixup import Mixup
 from wearfleet_cloud.training.optimisers import Optimiser
 
@@ -27,6 +28,8 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "erm": Erm,
     "mixup": Mixup,
     "coral": Coral,
+    "fix": Fix,
+    "fixed": Fixed,
 }
 
 
