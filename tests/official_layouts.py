@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 
 CHEST = (("ACC", 3), ("ECG", 1), ("EMG", 1), ("EDA", 1), ("Temp", 1), ("Resp", 1))
 WRIST = (("ACC", 3), ("BVP", 1), ("EDA", 1), ("TEMP", 1))
@@ -52,6 +53,15 @@ def write_pamap2(root: Path, subjects: Mapping[int, np.ndarray]) -> None:
     files["PAMAP2_Dataset/Optional/subject101.dat"] = pamap2_text(pamap2_rows(np.full(3, 20)))
     outer = {"readme.pdf": b"%PDF", "PAMAP2_Dataset.zip": zipped(files)}
     (folder / "pamap2+physical+activity+monitoring.zip").write_bytes(zipped(outer))
+
+
+def write_usc_had(root: Path, subjects: Mapping[int, Mapping[int, np.ndarray]]) -> None:
+    """Activity -> (T, 6) readings in g and degrees a second, one trial each."""
+    for subject, activities in subjects.items():
+        for activity, readings in activities.items():
+            path = root / "USC-HAD" / f"Subject{subject}" / f"a{activity}t1.mat"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scipy.io.savemat(path, {"sensor_readings": readings, "activity_number": str(activity)})
 
 
 def mhealth_text(rows: np.ndarray) -> bytes:

@@ -6,6 +6,7 @@ reason. Windows of different domains never share a sample.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["DIVISIONS", "Part", "person_groups"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +76,7 @@ def _by_value(column: NDArray[np.str_], what: str) -> tuple[Part, ...]:
 
 
 def _by_member(prepared: Prepared) -> tuple[Part, ...]:
+    """The members that have windows; the others are named in a warning."""
     if not prepared.dataset.members:
         raise DataError("it is one data set; use a joined one, such as har-common")
     subject = prepared.windows.subject
@@ -80,10 +84,17 @@ def _by_member(prepared: Prepared) -> tuple[Part, ...]:
         Part(name, np.flatnonzero(np.char.startswith(subject, f"{name}/")))
         for name in prepared.dataset.members
     )
-    for part in parts:
-        if len(part.index) == 0:
-            raise DataError(f"its member {part.name} has no window of a common class")
-    return parts
+    there = tuple(part for part in parts if len(part.index))
+    if len(there) < 2:
+        raise DataError(
+            f"windows of at least two of its members are needed, found: {', '.join(p.name for p in there) or 'none'}"
+        )
+    if len(there) < len(parts):
+        names, missing = (
+            ", ".join(p.name for p in parts if bool(len(p.index)) is has) for has in (True, False)
+        )
+        _log.warning("%s without %s: its domains are %s", prepared.dataset.name, missing, names)
+    return there
 
 
 def _by_time(prepared: Prepared) -> tuple[Part, ...]:

@@ -11,13 +11,14 @@ each part of the split, and windows are cut from the recordings, not once more f
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from wearfleet_protos.errors import ConfigError
+from wearfleet_protos.errors import ConfigError, DataError
 from wearfleet_protos.labels import UNLABELLED
 from wearfleet_protos.recording import Channel, Recording
 from wearfleet_protos.windowing import convert_units, resample
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["AXES_AS_THEY_ARE", "STRICT_CHANNELS", "JoinedReader", "Member"]
+
+_log = logging.getLogger(__name__)
 
 Axes = tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]
 
@@ -78,8 +81,9 @@ class Member:
 class JoinedReader:
     """Recordings of all members in common form (implements :class:`wearfleet_cloud.data.dataset.Reader`).
 
-    Subjects become ``<member>/<subject>``. A joined sample carries the label of the original sample at its instant;
-    recordings without a common class are left out.
+    Members whose distribution is not in the data root are left out and named in a warning; two must be there. Subjects
+    become ``<member>/<subject>``, so whatever was made of the set says which members it saw. A joined sample carries
+    the label of the original sample at its instant; recordings without a common class are left out.
 
     Args:
         members: in the order of the domains.
@@ -101,9 +105,9 @@ class JoinedReader:
                 )
 
     def fingerprint(self, root: Path | None) -> str:
-        """Digest over the members and how they are joined."""
+        """Digest over the members that are there and how they are joined; DataError when fewer than two are."""
         parts = [repr((self.label_names, self.rate_hz, self.strict))]
-        for member in self.members:
+        for member, content in self._present(root):
             known = member.dataset
             how = (
                 known.name,
@@ -113,12 +117,16 @@ class JoinedReader:
                 member.axes,
                 member.units,
             )
-            parts += [repr(how), known.reader.fingerprint(root)]
+            parts += [repr(how), content]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def read(self, root: Path | None, progress: Progress) -> Iterator[Recording]:
-        """Every recording with a common class, member after member."""
-        for member in self.members:
+        """Every recording with a common class, member after member; DataError when fewer than two are there."""
+        present = tuple(member for member, _ in self._present(root))
+        missing = [member.dataset.name for member in self.members if member not in present]
+        if missing:
+            _log.warning("joined without %s: not in %s", ", ".join(missing), root)
+        for member in present:
             number = self._class_numbers(member)
             offset = _offset(member, round(member.dataset.rate_hz / self.rate_hz))
             for recording in member.dataset.reader.read(root, progress):
@@ -128,8 +136,30 @@ class JoinedReader:
                     yield self._joined(member, replace(recording, labels=labels), offset)
 
     def counts(self, root: Path | None, progress: Progress) -> Counts:
-        """Recordings, subjects and samples by label."""
-        return count_recordings(self.read(root, progress))
+        """Recordings, subjects and samples by label, and the recordings of each member (0: not there)."""
+        members = dict.fromkeys((member.dataset.name for member in self.members), 0)
+
+        def seen() -> Iterator[Recording]:
+            for recording in self.read(root, progress):
+                members[recording.subject.partition("/")[0]] += 1
+                yield recording
+
+        return {**count_recordings(seen()), "recordings_by_member": members}
+
+    def _present(self, root: Path | None) -> tuple[tuple[Member, str], ...]:
+        """The members whose distribution is there, each with its fingerprint."""
+        present, missing = [], []
+        for member in self.members:
+            try:
+                present.append((member, member.dataset.reader.fingerprint(root)))
+            except DataError as error:
+                missing.append(str(error))
+        if len(present) < min(2, len(self.members)):
+            raise DataError(
+                f"of {', '.join(m.dataset.name for m in self.members)} at least two must be in the data root; "
+                + "; ".join(missing)
+            )
+        return tuple(present)
 
     def _class_numbers(self, member: Member) -> NDArray[np.int16]:
         """Joined class by class of the member; the last entry is that of label -1."""

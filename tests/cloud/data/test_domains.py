@@ -165,9 +165,21 @@ def test_joined_data_sets_are_told_apart_by_their_subjects(whole: Prepared) -> N
     scenario = build_scenario("cross-dataset", joined, ("gym",))
     assert scenario.target.subjects == ("gym/pp0", "gym/pp3")
     assert [d.subjects for d in scenario.sources] == [("home/pp1", "home/pp2")]
-    missing = replace(joined, dataset=replace(joined.dataset, members=("home", "gym", "bus")))
-    with pytest.raises(DataError, match="bus has no window"):
-        build_scenario("cross-dataset", missing, 0)
+
+
+def test_members_without_windows_are_left_out_and_named(
+    whole: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = np.where(np.isin(whole.windows.subject, ["p0", "p3"]), "gym/p", "home/p")
+    windows = replace(whole.windows, subject=np.char.add(names, whole.windows.subject))
+    members = ("bus", "home", "gym")
+    joined = replace(whole, windows=windows, dataset=replace(whole.dataset, members=members))
+    scenario = build_scenario("cross-dataset", joined, 0)
+    assert (scenario.target.name, [d.name for d in scenario.sources]) == ("home", ["gym"])
+    assert "two without bus: its domains are home, gym" in caplog.text
+    alone = replace(joined, dataset=replace(joined.dataset, members=("bus", "home")))
+    with pytest.raises(DataError, match="at least two of its members are needed, found: home"):
+        build_scenario("cross-dataset", alone, 0)
 
 
 def test_what_the_data_cannot_give_is_refused_with_reason_and_alternatives(whole: Prepared) -> None:

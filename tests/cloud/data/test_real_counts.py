@@ -241,7 +241,11 @@ def test_common_axes_point_up_and_forward_in_every_member(cache: Path) -> None:
     """Gravity lies on x standing; lying, on y more than on z, and on neither for nobody but side sleepers."""
     windows = load("har-common", cache).windows
     labels = DATASETS["har-common"].label_names
-    for member in DATASETS["har-common"].members:
+    members = ("dsads", "usc-had", "hapt")
+    assert set(np.unique([s.partition("/")[0] for s in windows.subjects()])) == set(
+        members
+    )  # PAMAP2 is not here
+    for member in members:
         own = np.char.startswith(windows.subject, member)
         stand, lie = (
             windows.x[own & (windows.activity == labels.index(label))][:, :3].mean(axis=2)
