@@ -6,11 +6,19 @@ from typing import Final
 from wearfleet_models import Classifier, ModelSpec
 from wearfleet_protos.errors import ConfigError
 
+from wearfleet_cloud.algorithms.and_mask import AndMask
 from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, State
 from wearfleet_cloud.algorithms.coral import Coral
+from wearfleet_cloud.algorithms.dann import Dann
 from wearfleet_cloud.algorithms.erm import Erm
+from wearfleet_cloud.algorithms.fish import Fish
 from wearfleet_cloud.algorithms.fixed import Fix, Fixed
+from wearfleet_cloud.algorithms.group_dro import GroupDRO
 from wearfleet_cloud.algorithms.mixup import Mixup
+from wearfleet_cloud.algorithms.mldg import Mldg
+from wearfleet_cloud.algorithms.mmd import Mmd
+from wearfleet_cloud.algorithms.rsc import Rsc
+from wearfleet_cloud.algorithms.vrex import VREx
 from wearfleet_cloud.training.optimisers import Optimiser
 
 __all__ = [
@@ -28,8 +36,16 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "erm": Erm,
     "mixup": Mixup,
     "coral": Coral,
+    "rsc": Rsc,
+    "and-mask": AndMask,
+    "fish": Fish,
+    "mldg": Mldg,
     "fix": Fix,
     "fixed": Fixed,
+    "dann": Dann,
+    "mmd": Mmd,
+    "vrex": VREx,
+    "group-dro": GroupDRO,
 }
 
 
