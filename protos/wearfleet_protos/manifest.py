@@ -65,7 +65,7 @@ class ModelManifest:
         digest: content address of the ONNX file.
         size_bytes: size of the ONNX file.
         contract: windows and labels.
-        ood_method: ``energy`` or ``mahalanobis``.
+        ood_method: ``max-probability``, ``energy``, ``mahalanobis`` or ``cosine``.
         ood_threshold: a score above it is out of distribution.
         tensors: parameters and buffers with their roles.
         train_run: identity of the training run.

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
+OodMethod = Literal[
+    "max-probability", "energy", "mahalanobis", "cosine"
+]  # as in export.ood_score, without torch
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
@@ -49,7 +53,7 @@ def _export(
         float, typer.Option("--budget", help="Largest loss of accuracy by quantisation, as a share.")
     ] = 0.01,
     ood_method: Annotated[
-        Literal["mahalanobis", "energy"], typer.Option("--ood-method", help="Out-of-distribution score.")
+        OodMethod, typer.Option("--ood-method", help="Out-of-distribution score.")
     ] = "mahalanobis",
     model_id: Annotated[
         str | None, typer.Option("--model-id", help="Name of the model line; default: the data set's name.")
@@ -101,7 +105,7 @@ def _released(
     windows: RunWindows,
     info: ReleaseInfo,
     *,
-    method: Literal["mahalanobis", "energy"],
+    method: OodMethod,
     progress: Progress,
 ) -> Release:
     from wearfleet_cloud.export import export_classifier

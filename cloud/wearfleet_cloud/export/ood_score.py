@@ -1,10 +1,12 @@
 """How far a window lies from everything the model was trained on, as a small module of the exported graph.
 
-Two scores, larger = further away:
+Four scores, larger = further away:
 
+* ``max-probability``: ``-max(softmax(logits))``, in [-1, -1/K].
 * ``energy``: ``-logsumexp(logits)``. Finds windows on which the classifier errs.
 * ``mahalanobis``: squared distance of the embedding to the nearest class mean under one tied covariance. Finds
   windows that look like no training window. The default.
+* ``cosine``: ``-max_c cos(embedding, class mean c)``, in [-1, 1].
 
 Measured by ``tests/benchmarks/bench_ood.py`` (mean AUROC on HAPT and USC-HAD, CNN, 1000 steps):
 
@@ -26,9 +28,9 @@ which is two thin matrix products (F x R and back, R <= r + K - 1) and sums. ``|
 one of them and lose what is small beside the distance of the classes: with features of which all but a few directions
 are nearly constant (an average over time, a ResNet's) float32 was then off by 0.4 % of the largest score.
 
-Source: energy: Liu et al. 2020, arXiv:2010.03759, equation 4 with T = 1; distance: Lee et al. 2018,
-arXiv:1807.03888, equation 2; covariance: Tipping and Bishop 1999, "Probabilistic principal component analysis",
-equations 7 and 8.
+Source: maximum probability: Hendrycks and Gimpel 2017, arXiv:1610.02136, section 2; energy: Liu et al. 2020,
+arXiv:2010.03759, equation 4 with T = 1; distance: Lee et al. 2018, arXiv:1807.03888, equation 2; covariance: Tipping
+and Bishop 1999, "Probabilistic principal component analysis", equations 7 and 8; cosine: specs/ood.md 3.4.1.
 Differs: sign (ours grows with distance); low rank as above; 1e-6 on the diagonal.
 """
 
@@ -50,23 +52,28 @@ __all__ = [
     "DEFAULT_METHOD",
     "DEFAULT_RANK",
     "OOD_METHODS",
+    "Centroids",
+    "CosineScore",
     "EnergyScore",
     "MahalanobisScore",
+    "MaxProbabilityScore",
     "OodMethod",
     "OodScore",
     "TiedGaussian",
+    "fit_centroids",
     "fit_tied_gaussian",
     "threshold_of",
 ]
 
-OodMethod: TypeAlias = Literal["energy", "mahalanobis"]
-OOD_METHODS: Final[tuple[OodMethod, ...]] = ("energy", "mahalanobis")
+OodMethod: TypeAlias = Literal["max-probability", "energy", "mahalanobis", "cosine"]
+OOD_METHODS: Final[tuple[OodMethod, ...]] = ("max-probability", "energy", "mahalanobis", "cosine")
 DEFAULT_METHOD: Final[OodMethod] = "mahalanobis"
 DEFAULT_RANK: Final = 16
 
 _RIDGE: Final = 1e-6
 _SPAN_TOLERANCE: Final = 1e-8
 _QUANTILE: Final = 0.95
+_SHORTEST: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +93,21 @@ class TiedGaussian:
     scale: NDArray[np.float32]
     centres: NDArray[np.float32]
     isotropic: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Centroids:
+    """``directions`` (K, F) float32: class means divided by their length."""
+
+    directions: NDArray[np.float32]
+
+
+class MaxProbabilityScore(nn.Module):
+    """``-max(softmax(logits))``, a probability with its sign turned."""
+
+    def forward(self, embedding: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG002 - one signature for all scores
+        """(N, F), (N, K) -> (N,)."""
+        return -torch.softmax(logits, dim=1).amax(dim=1)
 
 
 class EnergyScore(nn.Module):
@@ -119,7 +141,37 @@ class MahalanobisScore(nn.Module):
         return nearest + (outside * outside).sum(dim=1) * self.isotropic
 
 
-OodScore: TypeAlias = EnergyScore | MahalanobisScore
+class CosineScore(nn.Module):
+    """``-max_c cos(z, mu_c)``; an embedding of length 0 has the score 0."""
+
+    directions: Tensor
+
+    def __init__(self, centroids: Centroids) -> None:
+        super().__init__()
+        self.register_buffer("directions", torch.from_numpy(np.array(centroids.directions)))
+
+    def forward(self, embedding: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG002 - one signature for all scores
+        """(N, F), (N, K) -> (N,)."""
+        length = torch.sqrt((embedding * embedding).sum(dim=1)).clamp(min=_SHORTEST)
+        return -F.linear(embedding, self.directions).amax(dim=1) / length
+
+
+OodScore: TypeAlias = MaxProbabilityScore | EnergyScore | MahalanobisScore | CosineScore
+
+
+def fit_centroids(embedding: NDArray[np.float32], y: NDArray[np.int64]) -> Centroids:
+    """Directions of the class means of source training embeddings, in float64.
+
+    Args:
+        embedding: (n, F).
+        y: (n,) classes; a class without windows has no direction.
+
+    Raises:
+        ShapeError: shapes do not fit, fewer than two windows, or a value is not finite.
+    """
+    _, means, _ = _class_means(embedding, y)
+    lengths = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), _SHORTEST)
+    return Centroids(np.ascontiguousarray(means / lengths, np.float32))
 
 
 def fit_tied_gaussian(
@@ -136,17 +188,9 @@ def fit_tied_gaussian(
         ShapeError: shapes do not fit, fewer than two windows, or a value is not finite.
         ConfigError: rank below 1.
     """
-    z = np.asarray(embedding, np.float64)
-    if z.ndim != 2 or y.shape != z.shape[:1] or len(z) < 2:
-        raise ShapeError(
-            f"expected embeddings (n, F) and classes (n,) with n >= 2, got {z.shape} and {y.shape}"
-        )
-    if not bool(np.isfinite(z).all()):
-        raise ShapeError("embeddings hold NaN or infinity; the model or its training windows are broken")
+    z, means, which = _class_means(embedding, y)
     if rank < 1:
         raise ConfigError(f"the rank of the covariance must be at least 1, got {rank}")
-    classes, which = np.unique(y, return_inverse=True)
-    means = np.stack([z[which == c].mean(axis=0) for c in range(len(classes))])
     centred = z - means[which]
     values, vectors = np.linalg.eigh(centred.T @ centred / len(z))
     values, vectors = np.maximum(values[::-1], 0.0) + _RIDGE, vectors[:, ::-1]
@@ -168,6 +212,22 @@ def threshold_of(scores: NDArray[np.float32]) -> float:
     if scores.size == 0 or not bool(np.isfinite(scores).all()):
         raise ShapeError(f"the threshold needs finite scores of validation windows, got {scores.size} scores")
     return float(np.quantile(scores.astype(np.float64), _QUANTILE))
+
+
+def _class_means(
+    embedding: NDArray[np.float32], y: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Embeddings (n, F) in float64, means (K, F) of the classes that occur, and the row of each window's mean (n,)."""
+    z = np.asarray(embedding, np.float64)
+    if z.ndim != 2 or y.shape != z.shape[:1] or len(z) < 2:
+        raise ShapeError(
+            f"expected embeddings (n, F) and classes (n,) with n >= 2, got {z.shape} and {y.shape}"
+        )
+    if not bool(np.isfinite(z).all()):
+        raise ShapeError("embeddings hold NaN or infinity; the model or its training windows are broken")
+    classes, which = np.unique(y, return_inverse=True)
+    means = np.stack([z[which == c].mean(axis=0) for c in range(len(classes))])
+    return z, means, which.astype(np.int64)
 
 
 def _tied_gaussian(

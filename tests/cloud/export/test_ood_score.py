@@ -7,7 +7,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from wearfleet_cloud.export.ood_score import EnergyScore, MahalanobisScore, fit_tied_gaussian, threshold_of
+from wearfleet_cloud.export.ood_score import (
+    OOD_METHODS,
+    CosineScore,
+    EnergyScore,
+    MahalanobisScore,
+    MaxProbabilityScore,
+    fit_centroids,
+    fit_tied_gaussian,
+    threshold_of,
+)
 from wearfleet_cloud.export.scored_classifier import (
     OodStatistics,
     embed,
@@ -105,7 +114,29 @@ def test_energy_is_minus_the_logarithm_of_the_summed_exponentials():
     np.testing.assert_allclose(score, [-np.log(np.exp(1.0) + np.exp(2.0) + np.exp(-1.0)), -300.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["energy", "mahalanobis"])
+def test_maximum_probability_is_that_of_the_softmax_with_its_sign_turned():
+    logits = np.array([[0.0, np.log(3.0)], [500.0, 0.0]], np.float32)
+    score = MaxProbabilityScore()(torch.zeros(2, 4), torch.from_numpy(logits)).numpy()
+    np.testing.assert_allclose(score, [-0.75, -1.0], rtol=1e-6)
+
+
+def test_cosine_score_is_the_textbook_cosine_to_the_nearest_class_mean():
+    z, y = embeddings(400, 7, seed=0)
+    new, _ = embeddings(50, 7, seed=1)
+    means = np.stack([z[y == c].mean(axis=0) for c in range(3)]).astype(np.float64)
+    cosines = [
+        max(row @ m / np.linalg.norm(row) / np.linalg.norm(m) for m in means)
+        for row in new.astype(np.float64)
+    ]
+    score = CosineScore(fit_centroids(z, y))
+    # float32 sums of 7 products of values up to 1
+    np.testing.assert_allclose(
+        score(torch.from_numpy(new), torch.zeros(50, 3)), -np.array(cosines), atol=1e-6
+    )
+    assert float(score(torch.zeros(1, 7), torch.zeros(1, 3))[0]) == 0.0
+
+
+@pytest.mark.parametrize("method", OOD_METHODS)
 def test_threshold_is_the_95th_percentile_over_source_validation(cnn, method):
     ood = fit_ood(cnn.model, cnn.x, cnn.y, cnn.x_validation, method=method)
     scores = outputs_of(scored_classifier(cnn.model, ood), cnn.x_validation)["ood_score"]
@@ -151,7 +182,7 @@ def test_unusable_embeddings_are_refused(z, y, rank, error, words):
 
 
 def test_unknown_method_names_the_known_ones(cnn):
-    with pytest.raises(ConfigError, match="energy, mahalanobis"):
+    with pytest.raises(ConfigError, match="max-probability, energy, mahalanobis, cosine"):
         fit_ood(cnn.model, cnn.x, cnn.y, cnn.x_validation, method="guess")
 
 
