@@ -165,11 +165,16 @@ class Device:
             await self._channel.close()
             self._channel = None
 
-    async def poll(self, wait_s: float = 5.0) -> federation_pb2.FederatedTask | None:
-        """Ask for a task."""
+    async def ask(self, *requests: federation_pb2.WorkRequest) -> list[federation_pb2.WorkResponse]:
+        """Messages on a work stream of their own, and all that is answered."""
         stub: Any = federation_pb2_grpc.FederationServiceStub(self.channel)
-        response = await stub.PollTask(federation_pb2.PollTaskRequest(wait_seconds=wait_s))
-        return response.task if response.HasField("task") else None
+        return [response async for response in stub.Work(iter(requests))]
+
+    async def poll(self, wait_s: float = 5.0) -> federation_pb2.FederatedTask | None:
+        """Ask for a task without its tensors."""
+        question = federation_pb2.WorkRequest(poll=federation_pb2.PollTaskRequest(wait_seconds=wait_s))
+        (response,) = await self.ask(question)
+        return response.poll.task if response.poll.HasField("task") else None
 
     async def task(self) -> federation_pb2.FederatedTask:
         """Ask for a task that must come."""
@@ -209,24 +214,11 @@ class Device:
         return response
 
     async def submit(
-        self, task: federation_pb2.FederatedTask, update_digest: str, **changes: Any
+        self, task: federation_pb2.FederatedTask, update_digest: str, update: bytes = b"", **changes: Any
     ) -> federation_pb2.SubmitUpdateResponse:
-        """Hand an update in."""
-        stub: Any = federation_pb2_grpc.FederationServiceStub(self.channel)
-        values = {
-            "run_id": task.run_id,
-            "round": task.round,
-            "attempt_id": task.attempt_id,
-            "update_digest": update_digest,
-            "base_digest": task.tensors_digest,
-            "num_examples": 10,
-            "num_steps": 1,
-            **changes,
-        }
-        response: federation_pb2.SubmitUpdateResponse = await stub.SubmitUpdate(
-            federation_pb2.SubmitUpdateRequest(**values)
-        )
-        return response
+        """Hand an update in; with its bytes, or after :meth:`upload`."""
+        (response,) = await self.ask(*submission_messages(task, update_digest, update, **changes))
+        return response.receipt
 
     async def answer(
         self, task: federation_pb2.FederatedTask, shift: float
@@ -329,6 +321,31 @@ def upload_messages(
         yield artifact_pb2.UploadArtifactRequest(
             chunk=artifact_pb2.Chunk(offset=begin, data=part, crc32c=crc32c(part))
         )
+
+
+def submission_messages(
+    task: federation_pb2.FederatedTask, update_digest: str, update: bytes = b"", **changes: Any
+) -> list[federation_pb2.WorkRequest]:
+    """The messages that hand an update in, its bytes in chunks beside it."""
+    values = {
+        "run_id": task.run_id,
+        "round": task.round,
+        "attempt_id": task.attempt_id,
+        "update_digest": update_digest,
+        "base_digest": task.tensors_digest,
+        "num_examples": 10,
+        "num_steps": 1,
+        "streamed_bytes": len(update),
+        **changes,
+    }
+    chunks = [
+        artifact_pb2.Chunk(offset=at, data=part, crc32c=crc32c(part))
+        for at in range(0, len(update), CHUNK_BYTES)
+        if (part := update[at : at + CHUNK_BYTES])
+    ]
+    submit = federation_pb2.SubmitUpdateRequest(**values)
+    first = federation_pb2.WorkRequest(submit=submit, chunk=chunks[0] if chunks else None)
+    return [first, *(federation_pb2.WorkRequest(chunk=chunk) for chunk in chunks[1:])]
 
 
 async def call_enrol(ticket: EnrolmentTicket, csr: bytes) -> enrolment_pb2.EnrolResponse:

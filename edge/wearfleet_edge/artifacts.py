@@ -15,7 +15,7 @@ from wearfleet_edge.transport.backoff import Backoff, with_retries
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from wearfleet_edge.transport.cloud import Cloud
+    from wearfleet_edge.transport.cloud import Bytes, Cloud
 
 __all__ = ["ArtifactStore"]
 
@@ -39,7 +39,7 @@ class ArtifactStore:
         self._cloud = cloud
         self._backoff = backoff
         self._wait = wait
-        self._begun: tuple[Digest, list[bytes]] | None = None
+        self._begun: tuple[Digest, list[Bytes]] | None = None
         self.bytes_received = 0
 
     def fetch(self, digest: str, max_bytes: int) -> bytes:
@@ -62,7 +62,7 @@ class ArtifactStore:
             raise IntegrityError(f"artifact {digest} has {len(data)} bytes, at most {max_bytes} are accepted")
         return data
 
-    def fetch_once(self, digest: str, max_bytes: int, arrived: bytes = b"") -> bytes:
+    def fetch_once(self, digest: str, max_bytes: int, arrived: bytes | bytearray = b"") -> Bytes:
         """The bytes of an artifact that is needed once: they never touch the disk.
 
         Args:
@@ -110,7 +110,7 @@ class ArtifactStore:
         partial.replace(path)
         sync_directory(self._folder)
 
-    def _receive(self, digest: Digest, max_bytes: int) -> bytes:
+    def _receive(self, digest: Digest, max_bytes: int) -> Bytes:
         if self._begun is None or self._begun[0] != digest:
             self._begun = digest, []
         parts = self._begun[1]

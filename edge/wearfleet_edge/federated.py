@@ -31,7 +31,7 @@ from wearfleet_edge.trainer import (
     upload_tensors,
 )
 from wearfleet_edge.transport.backoff import Backoff, with_retries
-from wearfleet_edge.transport.cloud import INLINE_BYTES, Receipt, ReceiptStatus, Stage, Submission, Task
+from wearfleet_edge.transport.cloud import Receipt, ReceiptStatus, Stage, Submission, Task
 
 if TYPE_CHECKING:
     from wearfleet_protos.plan import InputContract
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from wearfleet_edge.trainer import Limits, PlanResult, Tensors, TrainingData
     from wearfleet_edge.transport.cloud import Cloud
 
-__all__ = ["Device", "FederatedWorker", "Progress"]
+__all__ = ["Device", "FederatedWorker", "PlanStore", "Progress"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,6 +86,36 @@ class Progress:
     last_error: str = ""
 
 
+class PlanStore:
+    """Plans whose signature was checked; keeps the last one, because all rounds of a run have the same.
+
+    Args:
+        artifacts: where their bytes come from.
+        keys: trusted raw public keys by key id.
+    """
+
+    def __init__(self, artifacts: ArtifactStore, keys: Mapping[str, bytes]) -> None:
+        self._artifacts, self._keys = artifacts, keys
+        self._last: tuple[str, Plan] | None = None
+
+    def fetch(self, task: Task) -> Plan:
+        """The plan of a task.
+
+        Raises:
+            IntegrityError: too large, or neither its digest nor a trusted signature fits.
+            ProtocolError: not a plan of this version.
+            TransportError: the network failed.
+        """
+        if task.plan_bytes > MAX_SIGNED_BYTES:
+            raise IntegrityError(
+                f"the plan has {task.plan_bytes} bytes, at most {MAX_SIGNED_BYTES} are accepted"
+            )
+        if self._last is None or self._last[0] != task.plan_digest:
+            signed = self._artifacts.fetch(task.plan_digest, task.plan_bytes)
+            self._last = task.plan_digest, Plan.from_bytes(verify(signed, self._keys, PLAN_MEDIA_TYPE))
+        return self._last[1]
+
+
 class FederatedWorker:
     """Does one task after the other.
 
@@ -115,6 +145,7 @@ class FederatedWorker:
         self._device = device
         self._backoff = backoff
         self._refused_attempt = ""
+        self._plans = PlanStore(artifacts, device.keys)
         self.progress = Progress()
 
     def step(self) -> float:
@@ -189,12 +220,7 @@ class FederatedWorker:
         return self._result(task, plan, before, result, was_reset=was_reset, installed=installed)
 
     def _fetch_plan(self, task: Task) -> Plan:
-        if task.plan_bytes > MAX_SIGNED_BYTES:
-            raise IntegrityError(
-                f"the plan has {task.plan_bytes} bytes, at most {MAX_SIGNED_BYTES} are accepted"
-            )
-        signed = self._artifacts.fetch(task.plan_digest, task.plan_bytes)
-        plan = Plan.from_bytes(verify(signed, self._device.keys, PLAN_MEDIA_TYPE))
+        plan = self._plans.fetch(task)
         graphs = {p.graph: p.graph_bytes for p in plan.phases if not self._artifacts.has(p.graph)}
         uploaded = 0 if task.personalise else sum(spec.size_bytes for spec in plan.upload_specs())
         total = task.tensors_bytes + sum(graphs.values()) + uploaded
@@ -269,19 +295,13 @@ class FederatedWorker:
             self._use_personal()
 
     def _hand_in(self, result: PendingResult) -> Receipt:
-        update = result.update
-        if len(update) <= INLINE_BYTES:
-            receipt = self._cloud.submit(result.submission, update)
-        else:
-            digest = digest_of(update)
-            with_retries(
-                lambda: self._cloud.upload(digest, update),
-                attempts=_ATTEMPTS,
-                backoff=self._backoff,
-                wait=self._device.wait,
-            )
-            receipt = self._cloud.submit(result.submission)
-        self.progress.bytes_up += len(update)
+        receipt = with_retries(
+            lambda: self._cloud.submit(result.submission, result.update),
+            attempts=_ATTEMPTS,
+            backoff=self._backoff,
+            wait=self._device.wait,
+        )
+        self.progress.bytes_up += len(result.update)
         return receipt
 
     def _forget(self, submission: Submission, reason: str) -> None:

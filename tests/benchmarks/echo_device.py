@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 from wearfleet_edge.artifacts import ArtifactStore
+from wearfleet_edge.federated import PlanStore
 from wearfleet_edge.identity import load_enrolment
 from wearfleet_edge.state import StateDirectory
 from wearfleet_edge.transport.backoff import Backoff
-from wearfleet_edge.transport.cloud import INLINE_BYTES, ReceiptStatus, Submission, Task
+from wearfleet_edge.transport.cloud import ReceiptStatus, Submission, Task
 from wearfleet_edge.transport.rpc import RpcCloud
-from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
-from wearfleet_protos.signing import verify
 from wearfleet_protos.tensors import check_finite, decode_tensors, digest_of, encode_tensors
 
 
@@ -33,11 +32,12 @@ class EchoDevice:
     def __init__(self, folder: Path, number: int) -> None:
         state = StateDirectory(folder)
         enrolment = load_enrolment(state)
-        self._keys, self._number = enrolment.signing_keys, number
+        self._number = number
         self._cloud = RpcCloud.of_device(state, enrolment)
         self._artifacts = ArtifactStore(
             state.artifacts, self._cloud, Backoff(0.5, 5.0, lambda: 0.5), lambda s: bool(time.sleep(s))
         )
+        self._plans = PlanStore(self._artifacts, enrolment.signing_keys)
 
     def serve(self) -> None:
         """Work until the process is ended."""
@@ -49,25 +49,20 @@ class EchoDevice:
                 print(json.dumps({"run": task.run_id, "round": task.round_number, "at": asked}), flush=True)
 
     def _answer(self, task: Task) -> None:
-        signed = self._artifacts.fetch(task.plan_digest, task.plan_bytes)
-        plan = Plan.from_bytes(verify(signed, self._keys, PLAN_MEDIA_TYPE))
+        plan = self._plans.fetch(task)
         data = self._artifacts.fetch_once(task.tensors_digest, task.tensors_bytes, task.tensors)
         tensors = decode_tensors(data, plan.download_specs())
         check_finite(tensors)
         for array in tensors.values():
             array.flat[0] = self._number
         update = encode_tensors(tensors)
-        digest = digest_of(update)
-        small = len(update) <= INLINE_BYTES
-        if not small:
-            self._cloud.upload(digest, update)
         receipt = self._cloud.submit(
             Submission(
                 run_id=task.run_id, round_number=task.round_number, attempt_id=task.attempt_id,
-                update_digest=digest, base_digest=task.tensors_digest, num_examples=1, num_steps=1,
+                update_digest=digest_of(update), base_digest=task.tensors_digest, num_examples=1, num_steps=1,
                 metrics={}, train_seconds=0.0, local_state_reset=False,
             ),
-            update if small else b"",
+            update,
         )  # fmt: skip
         if receipt.status is not ReceiptStatus.ACCEPTED:
             sys.exit(f"the update was not accepted: {receipt}")

@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from wearfleet_edge.identity import Broker, Enrolment, make_key, make_signing_request, save_enrolment
+from wearfleet_edge.state import StateDirectory
 from wearfleet_edge.transport.cloud import Desired, HeartbeatReply, PollReply, Receipt, ReceiptStatus
 from wearfleet_protos.chunks import CHUNK_BYTES, crc32c
 from wearfleet_protos.errors import NotFoundError, TransportError
@@ -38,6 +40,8 @@ from wearfleet_protos.v1 import (
     fleet_pb2,
     fleet_pb2_grpc,
 )
+
+DEVICE = "anna-1f3a"
 
 
 class Signer:
@@ -97,7 +101,7 @@ class SimulatedCloud:
         self.stages.append((task.attempt_id, stage))
         return True
 
-    def submit(self, submission, update=b""):
+    def submit(self, submission, update):
         self._maybe_fail("submit")
         if update:
             self.add(update)
@@ -208,7 +212,7 @@ class GrpcService(
     federation_pb2_grpc.FederationServiceServicer,
     fleet_pb2_grpc.FleetServiceServicer,
 ):
-    """A :class:`SimulatedCloud` behind the real protocol; ``fault`` damages the next download in one way."""
+    """A :class:`SimulatedCloud` behind the real protocol; ``fault`` damages the next transfer in one way."""
 
     def __init__(self, cloud, authority, signer, broker_port=1883):
         self.cloud = cloud
@@ -220,6 +224,11 @@ class GrpcService(
         self.partial = {}
         self.address = ""
         self.downloads = []
+        self.uploads = []
+        self.polls = []
+        self.streams = 0
+        self.end_stream = lambda: None
+        self.when_silent = lambda: None
 
     def Enrol(self, request, context):
         if request.code not in self.codes:
@@ -228,15 +237,15 @@ class GrpcService(
         keys = [enrolment_pb2.SigningKey(key_id=k, public_key=v) for k, v in self.signer.keys.items()]
         return enrolment_pb2.EnrolResponse(
             tenant="home",
-            device_id="anna-1f3a",
-            certificate_chain_pem=self.authority.issue_for_request(request.csr_der, "anna-1f3a"),
+            device_id=DEVICE,
+            certificate_chain_pem=self.authority.issue_for_request(request.csr_der, DEVICE),
             broker=enrolment_pb2.BrokerAddress(host="127.0.0.1", port=self.broker_port, tls=False),
             signing_keys=keys,
             cloud_address=self.address,
         )
 
     def RenewCertificate(self, request, context):
-        chain = self.authority.issue_for_request(request.csr_der, "anna-1f3a")
+        chain = self.authority.issue_for_request(request.csr_der, DEVICE)
         return enrolment_pb2.RenewCertificateResponse(certificate_chain_pem=chain)
 
     def Heartbeat(self, request, context):
@@ -252,34 +261,80 @@ class GrpcService(
             next_after_seconds=reply.next_after_s,
         )
 
-    def PollTask(self, request, context):
+    def Work(self, request_iterator, context):
+        self.streams += 1
+        self.end_stream = context.cancel
+        for request in request_iterator:
+            if request.HasField("poll"):
+                yield from self._poll(request.poll, context)
+            else:
+                yield self._submit(request, request_iterator, context)
+
+    def _poll(self, request, context):
+        self.polls.append(request)
+        if self.fault == "silent":
+            self.when_silent()
+            time.sleep(0.3)
+            return
         reply = self.cloud.poll_task(request.wait_seconds, request.manifest_digest)
         if reply.task is None:
-            return federation_pb2.PollTaskResponse(retry_after_seconds=reply.retry_after_s)
+            poll = federation_pb2.PollTaskResponse(retry_after_seconds=reply.retry_after_s)
+            yield federation_pb2.WorkResponse(poll=poll)
+            return
         task = reply.task
         kind = federation_pb2.TASK_KIND_PERSONALISE if task.personalise else federation_pb2.TASK_KIND_TRAIN
-        return federation_pb2.PollTaskResponse(
-            task=federation_pb2.FederatedTask(
-                run_id=task.run_id,
-                round=task.round_number,
-                attempt_id=task.attempt_id,
-                kind=kind,
-                plan_digest=task.plan_digest,
-                plan_bytes=task.plan_bytes,
-                tensors_digest=task.tensors_digest,
-                tensors_bytes=task.tensors_bytes,
-                remaining_seconds=task.remaining_seconds,
-                tensors=self.cloud.blobs.get(task.tensors_digest, b"")[: request.max_inline_bytes],
-            )
+        data = self.cloud.blobs.get(task.tensors_digest, b"")
+        sent = data if len(data) <= request.max_streamed_bytes or self.fault == "size" else b""
+        message = federation_pb2.FederatedTask(
+            run_id=task.run_id,
+            round=task.round_number,
+            attempt_id=task.attempt_id,
+            kind=kind,
+            plan_digest=task.plan_digest,
+            plan_bytes=task.plan_bytes,
+            tensors_digest=task.tensors_digest,
+            tensors_bytes=task.tensors_bytes,
+            remaining_seconds=task.remaining_seconds,
+            streamed_bytes=len(sent),
         )
+        first = federation_pb2.PollTaskResponse(task=message)
+        fault, self.fault = self.fault, ""
+        if not sent:
+            yield federation_pb2.WorkResponse(poll=first)
+        for at in range(0, len(sent), CHUNK_BYTES):
+            part = sent[at : at + CHUNK_BYTES]
+            chunk = artifact_pb2.Chunk(
+                offset=at + (fault == "offset"), data=part, crc32c=crc32c(part) ^ (fault == "crc")
+            )
+            yield federation_pb2.WorkResponse(chunk=chunk, poll=None if at else first)
+            if fault == "cut":
+                context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+
+    def _submit(self, request, requests, context):
+        submit, data = request.submit, bytearray()
+        if self.fault == "refuse":
+            self.fault = ""
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "revoked")
+        while len(data) < submit.streamed_bytes:
+            assert request.chunk.offset == len(data)
+            assert request.chunk.crc32c == crc32c(request.chunk.data)
+            data += request.chunk.data
+            if self.fault == "cut":
+                self.fault = ""
+                self.partial[submit.update_digest] = data
+                context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+            if len(data) < submit.streamed_bytes:
+                request = next(requests)
+        digest = submit.update_digest
+        if digest and not submit.streamed_bytes and digest not in self.cloud.blobs:
+            context.abort(grpc.StatusCode.NOT_FOUND, "not uploaded")
+        self.cloud.submit(submit, bytes(data))
+        receipt = federation_pb2.SubmitUpdateResponse(status=federation_pb2.RECEIPT_STATUS_ACCEPTED)
+        return federation_pb2.WorkResponse(receipt=receipt)
 
     def ReportStage(self, request, context):
         self.cloud.stages.append((request.attempt_id, request.stage))
         return federation_pb2.ReportStageResponse(wanted=True)
-
-    def SubmitUpdate(self, request, context):
-        self.cloud.submit(request, request.update)
-        return federation_pb2.SubmitUpdateResponse(status=federation_pb2.RECEIPT_STATUS_ACCEPTED)
 
     def DeclineTask(self, request, context):
         self.cloud.decline(request, request.reason)
@@ -307,6 +362,7 @@ class GrpcService(
 
     def UploadArtifact(self, request_iterator, context):
         start = next(request_iterator).start
+        self.uploads.append(start.offset)
         if start.digest in self.cloud.blobs:
             return artifact_pb2.UploadArtifactResponse(committed_offset=start.size_bytes, complete=True)
         stored = self.partial.setdefault(start.digest, bytearray())
@@ -323,6 +379,17 @@ class GrpcService(
         if complete:
             self.cloud.blobs[start.digest] = bytes(stored)
         return artifact_pb2.UploadArtifactResponse(committed_offset=len(stored), complete=complete)
+
+
+def enrolled_state(root, authority, address, **dates):
+    """The state of a device that this authority has enrolled, and its enrolment."""
+    state = StateDirectory(root)
+    state.create()
+    make_key(state)
+    chain = authority.issue_for_request(make_signing_request(state, "device"), DEVICE, **dates)
+    enrolment = Enrolment("home", DEVICE, address, Broker("127.0.0.1", 1, tls=False), {})
+    save_enrolment(state, enrolment, chain_pem=chain, authority_der=authority.der)
+    return state, enrolment
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from edge.simulators import Signer, SimulatedCloud
 from edge.tiny_graphs import CONTRACT, LABELS, TENSORS, make_plan, make_recording, make_release
-from wearfleet_edge import federated
 from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.federated import Device, FederatedWorker
 from wearfleet_edge.local_state import LocalState
@@ -18,7 +17,7 @@ from wearfleet_edge.slots import Slots
 from wearfleet_edge.state import StateDirectory
 from wearfleet_edge.trainer import Limits
 from wearfleet_edge.transport.backoff import Backoff
-from wearfleet_edge.transport.cloud import INLINE_BYTES, Receipt, ReceiptStatus, Stage, Task
+from wearfleet_edge.transport.cloud import Receipt, ReceiptStatus, Stage, Task
 from wearfleet_edge.wearer import Wearer
 from wearfleet_protos.errors import ConflictError, TransportError
 from wearfleet_protos.plan import Budget
@@ -127,9 +126,8 @@ def test_damaged_local_tensors_are_reported_as_reset(bench):
     assert bench.cloud.submissions[1].local_state_reset
 
 
-@pytest.mark.parametrize("broken", ["submit", "submit_reply", "upload"])
-def test_a_break_while_handing_in_repeats_the_same_attempt_after_a_restart(bench, broken, monkeypatch):
-    monkeypatch.setattr(federated, "INLINE_BYTES", 0 if broken == "upload" else INLINE_BYTES)
+@pytest.mark.parametrize("broken", ["submit", "submit_reply"])
+def test_a_break_while_handing_in_repeats_the_same_attempt_after_a_restart(bench, broken):
     bench.offer()
     bench.cloud.broken = {broken}
     with pytest.raises(TransportError):

@@ -7,19 +7,23 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from edge.simulators import Authority, GrpcService, Signer, SimulatedCloud, free_port, serve
+from edge.simulators import (
+    DEVICE,
+    Authority,
+    GrpcService,
+    Signer,
+    SimulatedCloud,
+    enrolled_state,
+    free_port,
+    serve,
+)
 from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.enrolment import enrol_device
 from wearfleet_edge.heartbeat import renew_if_due
 from wearfleet_edge.identity import (
-    Broker,
-    Enrolment,
     certificate_validity,
     load_enrolment,
-    make_key,
-    make_signing_request,
     require_valid_certificate,
-    save_enrolment,
 )
 from wearfleet_edge.state import StateDirectory
 from wearfleet_edge.transport.backoff import Backoff
@@ -39,7 +43,6 @@ from wearfleet_protos.errors import (
 from wearfleet_protos.tensors import digest_of
 from wearfleet_protos.ticket import EnrolmentTicket
 
-DEVICE = "anna-1f3a"
 BIG = bytes(range(256)) * (2 * CHUNK_BYTES // 256) + b"the end"
 
 
@@ -49,19 +52,9 @@ def service():
         yield running
 
 
-def _device(root, authority, address, **dates):
-    state = StateDirectory(root)
-    state.create()
-    make_key(state)
-    chain = authority.issue_for_request(make_signing_request(state, "device"), DEVICE, **dates)
-    enrolment = Enrolment("home", DEVICE, address, Broker("127.0.0.1", 1, tls=False), {})
-    save_enrolment(state, enrolment, chain_pem=chain, authority_der=authority.der)
-    return state, enrolment
-
-
 @pytest.fixture
 def cloud(service, tmp_path):
-    client = RpcCloud.of_device(*_device(tmp_path / "device", service.authority, service.address))
+    client = RpcCloud.of_device(*enrolled_state(tmp_path / "device", service.authority, service.address))
     yield client
     client.close()
 
@@ -122,7 +115,7 @@ def test_a_task_goes_through_all_its_calls(service, cloud):
     assert cloud.poll_task(0.0, "").task == task
     assert cloud.report_stage(task, Stage.TRAINING)
     submission = Submission("run-9", 4, "attempt-4", "", digest, 7, 3, {"train/count": 7.0}, 0.5, True)
-    assert cloud.submit(submission).status is ReceiptStatus.ACCEPTED
+    assert cloud.submit(submission, b"").status is ReceiptStatus.ACCEPTED
     seen = service.cloud.submissions[-1]
     assert (seen.run_id, seen.round, seen.num_examples, dict(seen.metrics)) == (
         "run-9",
@@ -144,7 +137,7 @@ def test_heartbeat_carries_state_both_ways(service, cloud):
 
 
 def test_a_service_that_is_not_there_is_a_retryable_error(tmp_path):
-    cloud = RpcCloud.of_device(*_device(tmp_path, Authority(), f"127.0.0.1:{free_port()}"))
+    cloud = RpcCloud.of_device(*enrolled_state(tmp_path, Authority(), f"127.0.0.1:{free_port()}"))
     with pytest.raises(TransportError, match="UNAVAILABLE") as caught:
         cloud.heartbeat(Reported("1", "", 0, personalised=False, refusal=""))
     assert caught.value.retryable
@@ -152,14 +145,14 @@ def test_a_service_that_is_not_there_is_a_retryable_error(tmp_path):
 
 
 def test_a_closed_client_raises_our_error(service, tmp_path):
-    cloud = RpcCloud.of_device(*_device(tmp_path, service.authority, service.address))
+    cloud = RpcCloud.of_device(*enrolled_state(tmp_path, service.authority, service.address))
     cloud.close()
     with pytest.raises(TransportError, match="closed"):
         cloud.heartbeat(Reported("1", "", 0, personalised=False, refusal=""))
 
 
 def test_a_service_of_another_authority_is_not_trusted(service, tmp_path):
-    cloud = RpcCloud.of_device(*_device(tmp_path, Authority("foreign"), service.address))
+    cloud = RpcCloud.of_device(*enrolled_state(tmp_path, Authority("foreign"), service.address))
     with pytest.raises(TransportError, match="another authority") as caught:
         cloud.heartbeat(Reported("1", "", 0, personalised=False, refusal=""))
     assert not caught.value.retryable
@@ -169,7 +162,7 @@ def test_a_service_of_another_authority_is_not_trusted(service, tmp_path):
 def test_a_device_with_an_expired_certificate_is_told_before_it_calls(service, tmp_path):
     now = datetime.now(UTC)
     dates = {"begin": now - timedelta(days=60), "end": now - timedelta(days=30)}
-    state, enrolment = _device(tmp_path, service.authority, service.address, **dates)
+    state, enrolment = enrolled_state(tmp_path, service.authority, service.address, **dates)
     with pytest.raises(ConfigError, match=r"expired on .* enrol again"):
         require_valid_certificate(state, now)
     with pytest.raises(ConfigError, match="set the clock"):
@@ -182,7 +175,7 @@ def test_a_device_with_an_expired_certificate_is_told_before_it_calls(service, t
 
 def test_a_certificate_is_renewed_at_half_of_its_life_and_used(service, tmp_path):
     now = datetime.now(UTC)
-    state, enrolment = _device(
+    state, enrolment = enrolled_state(
         tmp_path,
         service.authority,
         service.address,
@@ -200,7 +193,7 @@ def test_a_certificate_is_renewed_at_half_of_its_life_and_used(service, tmp_path
 
 def test_a_renewed_certificate_for_another_key_or_name_is_refused(service, tmp_path):
     now = datetime.now(UTC)
-    state, _ = _device(
+    state, _ = enrolled_state(
         tmp_path,
         service.authority,
         service.address,
@@ -269,7 +262,7 @@ def test_a_damaged_ticket_is_said(tmp_path):
 
 
 def test_a_damaged_identity_says_to_enrol_again(service, tmp_path):
-    state, _ = _device(tmp_path, service.authority, service.address)
+    state, _ = enrolled_state(tmp_path, service.authority, service.address)
     state.enrolment.write_text('{"tenant": "home"}')
     with pytest.raises(DataError, match="enrol again"):
         load_enrolment(state)
@@ -302,31 +295,6 @@ def test_every_status_becomes_an_error_of_ours(code):
         "DATA_LOSS": IntegrityError,
     }.get(code.name, TransportError)
     assert type(error) is wanted
-
-
-def test_small_tensors_and_updates_travel_inside_the_calls(service, cloud):
-    tensors, update = b"small tensors", b"small update"
-    digest = service.cloud.add(tensors)
-    service.cloud.tasks.append(
-        Task("run-9", 4, "attempt-4", False, digest_of(b"x"), 1, digest, len(tensors), 30.0)
-    )
-    assert cloud.poll_task(0.0, "").task.tensors == tensors
-    submission = Submission("run-9", 4, "attempt-4", digest_of(update), digest, 7, 3, {}, 0.5, False)
-    cloud.submit(submission, update)
-    assert service.cloud.blobs[digest_of(update)] == update
-
-
-def test_after_a_failed_poll_the_tensors_are_left_to_a_resumable_download(service, cloud):
-    tensors = b"small tensors"
-    digest = service.cloud.add(tensors)
-    service.cloud.tasks.append(
-        Task("run-9", 4, "attempt-4", False, digest_of(b"x"), 1, digest, len(tensors), 30.0)
-    )
-    service.cloud.broken = {"poll_task"}
-    with pytest.raises(TransportError):
-        cloud.poll_task(0.0, "")
-    service.cloud.broken = set()
-    assert [cloud.poll_task(0.0, "").task.tensors for _ in range(2)] == [b"", tensors]
 
 
 def test_an_artifact_that_is_needed_once_resumes_in_memory_and_never_touches_the_disk(

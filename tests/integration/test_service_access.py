@@ -153,16 +153,16 @@ async def test_a_certificate_of_our_authority_for_a_device_that_was_never_enroll
 
 async def test_junk_requests_are_invalid_arguments_and_unknown_artifacts_are_not_found(service):
     anna = await enrolled_device(service)
-    junk = anna.channel.unary_unary("/wearfleet.v1.FederationService/SubmitUpdate")
+    junk = anna.channel.unary_unary("/wearfleet.v1.FederationService/DeclineTask")
     assert await code_of(junk(b"\xff\xff\xff")) == grpc.StatusCode.INVALID_ARGUMENT
     assert await code_of(anna.download(digest_of(b"nothing"))) == grpc.StatusCode.NOT_FOUND
     assert await code_of(anna.stat("../../etc/passwd")) == grpc.StatusCode.DATA_LOSS
     upload = anna.channel.stream_unary("/wearfleet.v1.ArtifactService/UploadArtifact")
     chunk = artifact_pb2.UploadArtifactRequest(chunk=artifact_pb2.Chunk(offset=0, data=b"x", crc32c=1))
     assert await code_of(upload(iter([chunk.SerializeToString()]))) == grpc.StatusCode.INVALID_ARGUMENT
-    too_large = federation_pb2.PollTaskRequest(manifest_digest="x" * 5_000_000).SerializeToString()
-    poll = anna.channel.unary_unary("/wearfleet.v1.FederationService/PollTask")
-    assert await code_of(poll(too_large)) == grpc.StatusCode.RESOURCE_EXHAUSTED
+    too_large = federation_pb2.DeclineTaskRequest(reason="x" * 5_000_000).SerializeToString()
+    decline = anna.channel.unary_unary("/wearfleet.v1.FederationService/DeclineTask")
+    assert await code_of(decline(too_large)) == grpc.StatusCode.RESOURCE_EXHAUSTED
     await anna.close()
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import grpc
 import numpy as np
 import pytest
 from service_harness import (
@@ -32,8 +33,11 @@ from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.service.state_dir import read_running
 from wearfleet_cloud.storage.device_records import stream_counts
 from wearfleet_cloud.storage.run_records import find_run, list_submissions
+from wearfleet_edge.transport.cloud import ReceiptStatus, Submission
+from wearfleet_edge.transport.rpc import RpcCloud
 from wearfleet_protos.codec import encode
-from wearfleet_protos.errors import ConfigError
+from wearfleet_protos.errors import ConfigError, TransportError
+from wearfleet_protos.tensors import digest_of, encode_tensors
 from wearfleet_protos.topics import TopicKind
 
 pytestmark = pytest.mark.broker
@@ -176,6 +180,56 @@ async def test_a_killed_service_loses_no_window_and_counts_no_update_twice(tmp_p
         assert await asyncio.to_thread(process.wait, 35) == 0
         assert time.monotonic() - began < 30
     finally:
+        process.kill()
+        process.wait()
+        end_broker(folder)
+
+
+@pytest.mark.e2e
+async def test_a_device_whose_service_is_killed_in_mid_update_hands_it_in_to_the_next_one_once(tmp_path):
+    folder = tmp_path / "state"
+    settings = service_settings(folder)
+    async with running_service(settings) as service:  # only to learn free ports and to enrol
+        settings = fixed_ports(settings, service)
+        anna = await enrolled_device(service)
+    run_id = await asyncio.to_thread(begin_run, settings, {"a": (600_000,)}, rounds=1, min_clients=1)
+    process = await asyncio.to_thread(start_process, settings)
+    cloud = RpcCloud(
+        anna.cloud_address, lambda: grpc.ssl_channel_credentials(anna.ca_pem, anna.key_pem, anna.chain_pem)
+    )
+    try:
+        task = (await asyncio.to_thread(cloud.poll_task, 10.0, "")).task
+        assert task is not None
+        assert digest_of(task.tensors) == task.tensors_digest
+        update = encode_tensors({"a": np.full(600_000, 2.0, np.float32)})
+        submission = Submission(
+            task.run_id, task.round_number, task.attempt_id, digest_of(update), task.tensors_digest, 1, 1, {},
+            0.0, local_state_reset=False,
+        )  # fmt: skip
+        os.kill(process.pid, signal.SIGSTOP)  # it takes what its sockets hold, and no more
+        sending = asyncio.create_task(asyncio.to_thread(cloud.submit, submission, update))
+        await asyncio.sleep(0.2)
+        process.kill()
+        process.wait()
+        with pytest.raises(TransportError) as caught:
+            await sending
+        assert caught.value.retryable
+        process = await asyncio.to_thread(start_process, settings)
+        receipts = [await asyncio.to_thread(cloud.submit, submission, update) for _ in range(2)]
+        assert [receipt.status for receipt in receipts] == [ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE]
+        state = open_state(settings)
+
+        def done() -> bool:
+            with state.database.read() as connection:
+                return find_run(connection, run_id).state == "done"
+
+        await until(done, 30.0)
+        with state.database.read() as connection:
+            assert len(list_submissions(connection, run_id)) == 1
+        assert np.all(global_tensors(state, run_id)["a"] == 2.0)
+        state.database.close()
+    finally:
+        cloud.close()
         process.kill()
         process.wait()
         end_broker(folder)

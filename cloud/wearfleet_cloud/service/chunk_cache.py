@@ -28,7 +28,6 @@ class ChunkCache:
         self._blobs = blobs
         self._ready: OrderedDict[Digest, tuple[bytes, ...]] = OrderedDict()
         self._bytes = 0
-        self._whole: tuple[str, bytes] = "", b""
 
     def add(self, digest: Digest, data: bytes | memoryview) -> None:
         """Serialise an artifact that will soon be asked for; safe to call from a thread."""
@@ -39,16 +38,6 @@ class ChunkCache:
         while self._bytes > _CACHE_BYTES:
             _, dropped = self._ready.popitem(last=False)
             self._bytes -= sum(map(len, dropped))
-
-    def whole(self, digest: Digest) -> bytes:
-        """The bytes of a small artifact; those of the last one stay in memory.
-
-        Raises:
-            NotFoundError: no such artifact.
-        """
-        if self._whole[0] != digest:
-            self._whole = digest, bytes(self._blobs.map(digest))
-        return self._whole[1]
 
     def messages(self, digest: Digest, offset: int) -> Sequence[bytes] | Iterator[bytes]:
         """Serialised messages from an offset to the end; reads the file when they are not ready.

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from wearfleet_protos.chunks import CHUNK_BYTES, crc32c
+from wearfleet_protos.chunks import CHUNK_BYTES, WireChunk
 from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError, TransportError
 from wearfleet_protos.tensors import Digest, parse_digest
 
@@ -19,7 +19,7 @@ from wearfleet_cloud.storage.blobs import Blobs, Upload
 from wearfleet_cloud.storage.database import Database
 from wearfleet_cloud.storage.device_records import note_reported
 
-__all__ = ["ArtifactState", "Artifacts", "ChunkIn", "Fleet", "Reported", "check_metrics"]
+__all__ = ["ArtifactState", "Artifacts", "Fleet", "Reported", "check_metrics"]
 
 _MOST_METRICS: Final = 256
 _HEARTBEAT_S: Final = 15.0
@@ -32,15 +32,6 @@ class ArtifactState:
     complete: bool
     size_bytes: int
     committed_offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkIn:
-    """A chunk of an upload as it came."""
-
-    offset: int
-    data: bytes
-    crc32c: int
 
 
 class Artifacts:
@@ -85,7 +76,7 @@ class Artifacts:
         return messages
 
     async def upload(
-        self, device_id: str, digest_text: str, size_bytes: int, offset: int, chunks: AsyncIterator[ChunkIn]
+        self, device_id: str, digest_text: str, size_bytes: int, offset: int, chunks: AsyncIterator[WireChunk]
     ) -> ArtifactState:
         """Take chunks in until they end; what came is kept when the connection breaks.
 
@@ -103,8 +94,7 @@ class Artifacts:
             )
         if self._updates.has(device_id, digest):
             return self.stat(device_id, digest)
-        if (device_id, digest) in self._running:
-            raise TransportError("this upload is under way on another connection; try again")
+        self._require_no_other(device_id, digest)
         self._running.add((device_id, digest))
         try:
             upload = self._updates.open(device_id, digest, size_bytes, offset)
@@ -112,34 +102,39 @@ class Artifacts:
         finally:
             self._running.discard((device_id, digest))
 
-    async def accept(self, device_id: str, digest_text: str, update: bytes) -> None:
-        """Store an update that came with its submission; nothing happens when nobody waits for it.
+    async def take_in(
+        self, device_id: str, digest_text: str, size_bytes: int, chunks: AsyncIterator[WireChunk]
+    ) -> None:
+        """Store an update that comes with its submission; what nobody waits for is read and dropped.
 
         Raises:
-            IntegrityError: the digest is not that of the update.
-            ProtocolError: it is too large to come this way.
+            IntegrityError: a chunk's checksum or the digest of the whole is wrong.
+            ProtocolError: the chunks are not those of so many bytes.
+            DeniedError: it is too large.
+            TransportError: the connection broke (what came is kept), or the same update is under way on another one.
         """
         digest = parse_digest(digest_text)
-        if len(update) > CHUNK_BYTES:
-            raise ProtocolError(f"an update of {len(update)} bytes must be uploaded before it is submitted")
         if self._federation.may_upload(device_id) and not self._updates.has(device_id, digest):
-            self._updates.put(device_id, digest, update)
+            self._require_no_other(device_id, digest)
+            self._updates.forget_unfinished(device_id, digest)
+            await self.upload(device_id, digest_text, size_bytes, 0, chunks)
+            return
+        self._updates.check_size(size_bytes)
+        async for _ in chunks:
+            pass
 
-    def inline(self, digest: Digest, size_bytes: int, most_bytes: int) -> bytes:
-        """A shared artifact to send inside an answer; empty when it is larger than the device wants it there."""
-        if size_bytes > min(most_bytes, CHUNK_BYTES):
-            return b""
-        self._federation.count_download(size_bytes)
-        return self._chunks.whole(digest)
+    def _require_no_other(self, device_id: str, digest: Digest) -> None:
+        if (device_id, digest) in self._running:
+            raise TransportError("this upload is under way on another connection; try again")
 
     async def _receive(
-        self, device_id: str, digest: Digest, upload: Upload, chunks: AsyncIterator[ChunkIn]
+        self, device_id: str, digest: Digest, upload: Upload, chunks: AsyncIterator[WireChunk]
     ) -> ArtifactState:
         with upload:
             async for chunk in chunks:
                 _check_chunk(chunk)
                 upload.append(chunk.offset, chunk.data)
-                if upload.full:
+                if upload.full and not upload.complete:
                     await asyncio.to_thread(upload.store)
             if upload.complete:
                 small = upload.offset <= SMALL_BYTES
@@ -213,8 +208,8 @@ def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     return dict(metrics)
 
 
-def _check_chunk(chunk: ChunkIn) -> None:
+def _check_chunk(chunk: WireChunk) -> None:
     if len(chunk.data) > CHUNK_BYTES:
         raise ProtocolError(f"a chunk may have {CHUNK_BYTES} bytes, got {len(chunk.data)}")
-    if crc32c(chunk.data) != chunk.crc32c:
+    if not chunk.intact:
         raise IntegrityError(f"checksum of the chunk at {chunk.offset} is wrong; send it again")

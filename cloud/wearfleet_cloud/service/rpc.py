@@ -6,7 +6,6 @@ the server's certificate alone, and one for everything else, with mutual TLS.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,26 +14,23 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+from wearfleet_protos.chunks import SENT_CHUNK, WireChunk, split_chunk
 from wearfleet_protos.errors import ConfigError, ProtocolError
 from wearfleet_protos.v1 import artifact_pb2, enrolment_pb2, federation_pb2, fleet_pb2
 
-from wearfleet_cloud.federated.round_events import AnswerStatus
 from wearfleet_cloud.fleet.identity import ServerFiles
 from wearfleet_cloud.fleet.signing import SigningKeys
 from wearfleet_cloud.service.broker import free_port
 from wearfleet_cloud.service.enrolment import Enrolment
 from wearfleet_cloud.service.federation import Federation
-from wearfleet_cloud.service.handlers import Artifacts, ChunkIn, Fleet, Reported, check_metrics
+from wearfleet_cloud.service.handlers import Artifacts, Fleet, Reported
 from wearfleet_cloud.service.live import Stage
-from wearfleet_cloud.service.rpc_guard import Guard
-from wearfleet_cloud.service.run_context import Task
+from wearfleet_cloud.service.rpc_guard import Guard, parse
 from wearfleet_cloud.service.state_dir import RunningService
-from wearfleet_cloud.storage.run_records import Submission
+from wearfleet_cloud.service.work_stream import WorkStreams
 
 __all__ = ["RpcParts", "RpcServer"]
 
-_LONGEST_WAIT_S: Final = 60.0
-_NOTHING_RETRY_S: Final = 0.0
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),
@@ -42,22 +38,13 @@ _OPTIONS: Final = (
     ("grpc.max_concurrent_streams", 1000),
     ("grpc.http2.max_frame_size", 1024 * 1024),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+    ("grpc.keepalive_time_ms", 180_000),  # a device that is gone without a word holds its stream no longer
+    ("grpc.keepalive_timeout_ms", 20_000),
 )
 _STAGES: Final = {
     federation_pb2.TASK_STAGE_FETCHED: Stage.FETCHED,
     federation_pb2.TASK_STAGE_TRAINING: Stage.TRAINING,
     federation_pb2.TASK_STAGE_UPLOADING: Stage.TRAINING,
-}
-_RECEIPTS: Final = {
-    AnswerStatus.ACCEPTED: federation_pb2.RECEIPT_STATUS_ACCEPTED,
-    AnswerStatus.DUPLICATE: federation_pb2.RECEIPT_STATUS_DUPLICATE,
-    AnswerStatus.STALE: federation_pb2.RECEIPT_STATUS_STALE,
-    AnswerStatus.REJECTED: federation_pb2.RECEIPT_STATUS_REJECTED,
-    AnswerStatus.DENIED: federation_pb2.RECEIPT_STATUS_REJECTED,
-}
-_KINDS: Final = {
-    "train": federation_pb2.TASK_KIND_TRAIN,
-    "personalise": federation_pb2.TASK_KIND_PERSONALISE,
 }
 
 
@@ -86,6 +73,7 @@ class RpcServer:
 
     def __init__(self, parts: RpcParts, files: ServerFiles, *, host: str, port: int, enrol_port: int) -> None:
         self._parts, self._host = parts, host
+        self._work = WorkStreams(parts.artifacts, parts.federation)
         pair = [(files.key.read_bytes(), files.certificate.read_bytes())]
         self._mutual = grpc.ssl_server_credentials(pair, files.ca.read_bytes(), require_client_auth=True)
         self._plain = grpc.ssl_server_credentials(pair)
@@ -131,6 +119,7 @@ class RpcServer:
 
     async def stop(self, grace_s: float) -> None:
         """Let calls under way finish, then close."""
+        self._parts.guard.end_streams()
         for server in self._servers:
             await server.stop(grace_s)
 
@@ -152,20 +141,15 @@ class RpcServer:
                     "DownloadArtifact": guard.download(
                         "DownloadArtifact", artifact_pb2.DownloadArtifactRequest, self._download
                     ),
-                    "UploadArtifact": guard.upload(
-                        "UploadArtifact", artifact_pb2.UploadArtifactRequest, self._upload
-                    ),
+                    "UploadArtifact": guard.upload("UploadArtifact", self._upload),
                 },
             ),
             _service(
                 "FederationService",
                 {
-                    "PollTask": guard.unary("PollTask", federation_pb2.PollTaskRequest, self._poll),
+                    "Work": guard.stream("Work", self._work.serve),
                     "ReportStage": guard.unary(
                         "ReportStage", federation_pb2.ReportStageRequest, self._report
-                    ),
-                    "SubmitUpdate": guard.unary(
-                        "SubmitUpdate", federation_pb2.SubmitUpdateRequest, self._submit
                     ),
                     "DeclineTask": guard.unary(
                         "DeclineTask", federation_pb2.DeclineTaskRequest, self._decline
@@ -223,32 +207,18 @@ class RpcServer:
             yield message
 
     async def _upload(
-        self, device_id: str, requests: AsyncIterator[artifact_pb2.UploadArtifactRequest]
+        self, device_id: str, messages: AsyncIterator[bytes]
     ) -> artifact_pb2.UploadArtifactResponse:
-        first = await anext(requests, None)
-        if first is None or first.WhichOneof("message") != "start":
+        first = parse(artifact_pb2.UploadArtifactRequest, await anext(messages, b""))
+        if first.WhichOneof("message") != "start":
             raise ProtocolError("the first message of an upload must be its start")
         start = first.start
         state = await self._parts.artifacts.upload(
-            device_id, start.digest, start.size_bytes, start.offset, _chunks(requests)
+            device_id, start.digest, start.size_bytes, start.offset, _chunks(messages)
         )
         return artifact_pb2.UploadArtifactResponse(
             committed_offset=state.committed_offset, complete=state.complete
         )
-
-    async def _poll(
-        self, device_id: str, request: federation_pb2.PollTaskRequest
-    ) -> federation_pb2.PollTaskResponse:
-        wait_s = request.wait_seconds if math.isfinite(request.wait_seconds) else 0.0
-        task = await self._parts.federation.poll(device_id, min(max(wait_s, 0.0), _LONGEST_WAIT_S))
-        if task is None:
-            return federation_pb2.PollTaskResponse(retry_after_seconds=_NOTHING_RETRY_S)
-        response = federation_pb2.PollTaskResponse()
-        _fill_task(response.task, task)
-        response.task.tensors = self._parts.artifacts.inline(
-            task.tensors_digest, task.tensors_bytes, request.max_inline_bytes
-        )
-        return response
 
     async def _report(
         self, device_id: str, request: federation_pb2.ReportStageRequest
@@ -258,14 +228,6 @@ class RpcServer:
             raise ProtocolError(f"unknown stage {request.stage}")
         wanted = self._parts.federation.report(device_id, request.run_id, request.round, stage)
         return federation_pb2.ReportStageResponse(wanted=wanted)
-
-    async def _submit(
-        self, device_id: str, request: federation_pb2.SubmitUpdateRequest
-    ) -> federation_pb2.SubmitUpdateResponse:
-        if request.update:
-            await self._parts.artifacts.accept(device_id, request.update_digest, request.update)
-        answer = await self._parts.federation.submit(_submission(device_id, request), request.base_digest)
-        return federation_pb2.SubmitUpdateResponse(status=_RECEIPTS[answer.status], reason=answer.reason)
 
     async def _decline(
         self, device_id: str, request: federation_pb2.DeclineTaskRequest
@@ -290,38 +252,12 @@ class RpcServer:
         )
 
 
-async def _chunks(requests: AsyncIterator[artifact_pb2.UploadArtifactRequest]) -> AsyncIterator[ChunkIn]:
-    async for request in requests:
-        if request.WhichOneof("message") != "chunk":
+async def _chunks(messages: AsyncIterator[bytes]) -> AsyncIterator[WireChunk]:
+    async for message in messages:
+        _, chunk = split_chunk(SENT_CHUNK, message)
+        if chunk is None:
             raise ProtocolError("an upload has one start; after it come chunks")
-        yield ChunkIn(request.chunk.offset, request.chunk.data, request.chunk.crc32c)
-
-
-def _submission(device_id: str, request: federation_pb2.SubmitUpdateRequest) -> Submission:
-    if not math.isfinite(request.train_seconds) or max(request.num_examples, request.num_steps) >= 2**53:
-        raise ProtocolError("num_examples, num_steps or train_seconds is out of range")
-    return Submission(
-        run_id=request.run_id[:64],
-        round=min(request.round, 2**31 - 1),
-        attempt_id=request.attempt_id[:64],
-        device_id=device_id,
-        update_digest=request.update_digest[:80],
-        num_examples=request.num_examples,
-        num_steps=request.num_steps,
-        train_seconds=request.train_seconds,
-        local_state_reset=request.local_state_reset,
-        received_ns=time.time_ns(),
-        metrics=check_metrics(request.metrics),
-    )
-
-
-def _fill_task(message: federation_pb2.FederatedTask, task: Task) -> None:
-    message.run_id, message.round, message.attempt_id = task.run_id, task.round, task.attempt_id
-    message.kind = _KINDS[task.kind]
-    message.plan_digest, message.plan_bytes = task.plan_digest, task.plan_bytes
-    message.tensors_digest, message.tensors_bytes = task.tensors_digest, task.tensors_bytes
-    message.deadline_unix_ns = int(task.deadline * 1e9)
-    message.remaining_seconds = max(0.0, task.deadline - time.time())
+        yield chunk
 
 
 def _service(name: str, methods: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> grpc.GenericRpcHandler:

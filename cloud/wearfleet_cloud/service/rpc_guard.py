@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -29,7 +30,7 @@ from wearfleet_protos.errors import (
 from wearfleet_cloud.service.directory import Directory
 from wearfleet_cloud.service.metrics import Metrics
 
-__all__ = ["CODES", "Guard", "code_of"]
+__all__ = ["CODES", "Guard", "GuardedPipe", "code_of", "parse"]
 
 _LOGGER: Final = logging.getLogger(__name__)
 _DETAILS: Final = "grpc-status-details-bin"
@@ -72,6 +73,8 @@ class Guard:
 
     def __init__(self, directory: Directory, metrics: Metrics) -> None:
         self._directory, self._metrics = directory, metrics
+        self._reading: set[asyncio.Task[Any]] = set()
+        self._ending = False
 
     def anonymous(
         self, name: str, kind: type[M], function: Callable[[M], Awaitable[Message]]
@@ -80,7 +83,7 @@ class Guard:
 
         async def call(data: bytes, context: Context) -> bytes:
             async def work() -> bytes:
-                return (await function(_parse(kind, data))).SerializeToString()
+                return (await function(parse(kind, data))).SerializeToString()
 
             return await self._run(name, work, context)
 
@@ -93,25 +96,40 @@ class Guard:
 
         async def call(data: bytes, context: Context) -> bytes:
             async def work() -> bytes:
-                return (await function(self._caller(context), _parse(kind, data))).SerializeToString()
+                return (await function(self._caller(context), parse(kind, data))).SerializeToString()
 
             return await self._run(name, work, context)
 
         return grpc.unary_unary_rpc_method_handler(call)
 
     def upload(
-        self, name: str, kind: type[M], function: Callable[[str, AsyncIterator[M]], Awaitable[Message]]
+        self, name: str, function: Callable[[str, AsyncIterator[bytes]], Awaitable[Message]]
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Many requests, one response."""
+        """Many requests, not parsed, because their bytes are not to be copied; one response."""
 
         async def call(stream: AsyncIterator[bytes], context: Context) -> bytes:
             async def work() -> bytes:
-                messages = (_parse(kind, data) async for data in stream)
-                return (await function(self._caller(context), messages)).SerializeToString()
+                return (await function(self._caller(context), stream)).SerializeToString()
 
             return await self._run(name, work, context)
 
         return grpc.stream_unary_rpc_method_handler(call)
+
+    def stream(
+        self, name: str, function: Callable[[GuardedPipe], Awaitable[None]]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Questions and answers, not parsed, for as long as the device wants."""
+
+        async def call(_: AsyncIterator[bytes], context: Context) -> None:
+            await self._run(name, lambda: function(GuardedPipe(self, context)), context)
+
+        return grpc.stream_stream_rpc_method_handler(call)
+
+    def end_streams(self) -> None:
+        """End the streams whose device asks nothing now; those under way end with their answer."""
+        self._ending = True
+        for reading in tuple(self._reading):
+            reading.cancel()
 
     def download(
         self, name: str, kind: type[M], function: Callable[[str, M], AsyncIterator[bytes]]
@@ -120,7 +138,7 @@ class Guard:
 
         async def call(data: bytes, context: Context) -> None:
             async def work() -> None:
-                async for message in function(self._caller(context), _parse(kind, data)):
+                async for message in function(self._caller(context), parse(kind, data)):
                     await context.write(message)
 
             await self._run(name, work, context)
@@ -155,12 +173,78 @@ class Guard:
             _LOGGER.exception("call %s failed", name)
             await _abort(context, code, error, "internal error; the service's log tells more")
         finally:
-            self._metrics.calls.labels(name, code.name).inc()
-            self._metrics.call_seconds.labels(name).observe(time.perf_counter() - began)
+            self._count(name, code, began)
         return result
 
+    def _count(self, name: str, code: grpc.StatusCode, began: float) -> None:
+        self._metrics.calls.labels(name, code.name).inc()
+        self._metrics.call_seconds.labels(name).observe(time.perf_counter() - began)
 
-def _parse(kind: type[M], data: bytes) -> M:
+    async def _read(self, context: Context) -> bytes | None:
+        """The next message of a stream; None at its end, and when the service stops."""
+        if self._ending:
+            return None
+        task = asyncio.current_task()
+        assert task is not None
+        self._reading.add(task)
+        try:
+            message = await context.read()
+        except asyncio.CancelledError:
+            if self._ending:
+                return None
+            raise
+        finally:
+            self._reading.discard(task)
+        return None if message is grpc.aio.EOF else message
+
+
+class GuardedPipe:
+    """One device's stream.
+
+    Args:
+        guard: knows who is enrolled.
+        context: of the call.
+    """
+
+    def __init__(self, guard: Guard, context: Context) -> None:
+        self._guard, self._context = guard, context
+
+    @property
+    def device(self) -> str:
+        """The device, from its certificate; checked each time, because it can be revoked while the stream is open.
+
+        Raises:
+            DeniedError: no certificate, not enrolled here, or revoked.
+        """
+        return self._guard._caller(self._context)  # noqa: SLF001 - a part of the guard
+
+    async def read(self) -> bytes | None:
+        """The next message; None at the end."""
+        return await self._guard._read(self._context)  # noqa: SLF001
+
+    async def write(self, message: bytes) -> None:
+        """Send a message."""
+        await self._context.write(message)
+
+    async def timed(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Count a question as a call of this name."""
+        began, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        try:
+            await work()
+            code = grpc.StatusCode.OK
+        except WearfleetError as error:
+            code = code_of(error)
+            raise
+        finally:
+            self._guard._count(name, code, began)  # noqa: SLF001
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """A message from its wire bytes.
+
+    Raises:
+        ProtocolError: it is none.
+    """
     try:
         return kind.FromString(data)
     except DecodeError as error:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from wearfleet_protos.errors import ConflictError, DeniedError, IntegrityError, NotFoundError
 from wearfleet_protos.tensors import Digest, TensorSpec, check_finite, decode_tensors, digest_of
 
-from wearfleet_cloud.storage.blobs import Upload, write_over
+from wearfleet_cloud.storage.blobs import Upload
 
 __all__ = ["SMALL_BYTES", "UpdateStore"]
 
@@ -41,7 +41,7 @@ class UpdateStore:
         self._root, self._max_bytes = root, max_bytes
         self._round = root
         self._spare: deque[Path] = deque()
-        self._arrived: dict[tuple[str, Digest], bytes] = {}
+        self._arrived: dict[tuple[str, Digest], bytes | memoryview] = {}
         self._cache: dict[tuple[str, Digest], Tensors] = {}
         self._cached_bytes = 0
 
@@ -87,6 +87,19 @@ class UpdateStore:
         except FileNotFoundError:
             return 0
 
+    def check_size(self, size_bytes: int) -> None:
+        """Refuse an update before its bytes come.
+
+        Raises:
+            DeniedError: it is empty or too large.
+        """
+        if not 0 < size_bytes <= self._max_bytes:
+            raise DeniedError(f"an update may have 1 to {self._max_bytes} bytes, announced were {size_bytes}")
+
+    def forget_unfinished(self, device_id: str, digest: Digest) -> None:
+        """Drop what came of an upload, because it begins anew."""
+        self._part(device_id, digest).unlink(missing_ok=True)
+
     def open(self, device_id: str, digest: Digest, size_bytes: int, offset: int) -> Upload:
         """Begin or go on with an upload; the oldest of several unfinished ones is dropped.
 
@@ -94,8 +107,7 @@ class UpdateStore:
             DeniedError: it is empty or too large.
             ConflictError: ``offset`` is not the committed one.
         """
-        if not 0 < size_bytes <= self._max_bytes:
-            raise DeniedError(f"an update may have 1 to {self._max_bytes} bytes, announced were {size_bytes}")
+        self.check_size(size_bytes)
         committed, part = self.committed(device_id, digest), self._part(device_id, digest)
         if committed > size_bytes:
             part.unlink(missing_ok=True)
@@ -110,22 +122,7 @@ class UpdateStore:
             old.unlink(missing_ok=True)
         return Upload(part, self._file(device_id, digest), digest, size_bytes, self._take_spare())
 
-    def put(self, device_id: str, digest: Digest, data: bytes) -> None:
-        """Store an update that came in one piece.
-
-        Raises:
-            IntegrityError: the bytes do not match the digest.
-            DeniedError: too large.
-        """
-        if len(data) > self._max_bytes:
-            raise DeniedError(f"an update may have 1 to {self._max_bytes} bytes, got {len(data)}")
-        if (found := digest_of(data)) != digest:
-            raise IntegrityError(f"the update hashes to {found}, announced was {digest}; send it again")
-        file = write_over(self._take_spare(), self._part(device_id, digest), data)
-        file.replace(self._file(device_id, digest))
-        self.keep(device_id, digest, data)
-
-    def keep(self, device_id: str, digest: Digest, data: bytes | None) -> None:
+    def keep(self, device_id: str, digest: Digest, data: bytes | memoryview | None) -> None:
         """Keep a complete upload in memory until :meth:`check` wants it, when there is room."""
         if data is not None and self._cached_bytes + len(data) <= _CACHE_BYTES:
             self._arrived[device_id, digest] = data

@@ -138,7 +138,7 @@ class Upload:
         self._partial, self._target, self._spare = partial, target, spare
         self._digest, self._size = digest, size_bytes
         self._hash = hashlib.sha256()
-        self._waiting: list[bytes] = []
+        self._waiting: list[bytes | memoryview] = []
         self._waiting_bytes = self._stored = 0
         if partial.exists():
             with partial.open("rb") as begun:
@@ -167,8 +167,8 @@ class Upload:
         """True when so much waits in memory that :meth:`store` should be called."""
         return self._waiting_bytes >= _MOST_WAITING_BYTES
 
-    def append(self, offset: int, data: bytes) -> None:
-        """Add the next bytes.
+    def append(self, offset: int, data: bytes | memoryview) -> None:
+        """Add the next bytes; they are hashed at once, while the processor's cache has them.
 
         Raises:
             ConflictError: they are not the next ones.
@@ -178,6 +178,7 @@ class Upload:
             raise ConflictError(f"upload stands at {self.offset} bytes, got a chunk for offset {offset}")
         if offset + len(data) > self._size:
             raise ProtocolError(f"upload of {self._size} bytes got {offset + len(data)}")
+        self._hash.update(data)
         self._waiting.append(data)
         self._waiting_bytes += len(data)
 
@@ -185,13 +186,11 @@ class Upload:
         """Write what waits behind what is stored; slow."""
         if self._waiting:
             with self._partial.open("ab") as file:
-                for data in self._waiting:
-                    self._hash.update(data)
-                    file.write(data)
+                file.writelines(self._waiting)
             self._stored += self._waiting_bytes
             self._waiting, self._waiting_bytes = [], 0
 
-    def finish(self) -> bytes | None:
+    def finish(self) -> bytes | memoryview | None:
         """Check the digest and make the bytes an artifact; slow.
 
         Returns:
@@ -211,8 +210,6 @@ class Upload:
                     f"upload of {self._digest} was dropped meanwhile; nobody waits for it"
                 ) from error
             return None
-        for part in self._waiting:
-            self._hash.update(part)
         data = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
         self._waiting, self._waiting_bytes = [], 0
         self._stored = len(data)
@@ -229,7 +226,7 @@ class Upload:
             )
 
 
-def write_over(spare: Path | None, fresh: Path, data: bytes) -> Path:
+def write_over(spare: Path | None, fresh: Path, data: bytes | memoryview) -> Path:
     """Write bytes into a spare file, or into a fresh one when that is gone; says into which."""
     if spare is not None:
         try:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol
 
-from wearfleet_protos.chunks import CHUNK_BYTES
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -16,7 +14,8 @@ if TYPE_CHECKING:
     from wearfleet_edge.identity import Enrolment
 
 __all__ = [
-    "INLINE_BYTES",
+    "STREAMED_BYTES",
+    "Bytes",
     "Cloud",
     "Desired",
     "Enrolled",
@@ -30,8 +29,10 @@ __all__ = [
     "Task",
 ]
 
-INLINE_BYTES: Final = CHUNK_BYTES
-"""Artifacts up to this size may travel inside a task or a submission: two calls a round instead of four."""
+STREAMED_BYTES: Final = 64 * 1024 * 1024
+"""Tensors up to this size may travel beside a task or a submission; larger ones as artifacts, which can be resumed."""
+
+Bytes = bytes | bytearray | memoryview
 
 
 class Stage(Enum):
@@ -67,7 +68,7 @@ class Task:
     tensors_digest: Digest
     tensors_bytes: int
     remaining_seconds: float
-    tensors: bytes = b""
+    tensors: bytes | bytearray = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +157,8 @@ class Cloud(Protocol):
     def report_stage(self, task: Task, stage: Stage) -> bool:
         """Tell how far a task is; False when the round is over."""
 
-    def submit(self, submission: Submission, update: bytes = b"") -> Receipt:
-        """Hand in a result; safe to repeat. An update of up to ``INLINE_BYTES`` may travel along, not uploaded."""
+    def submit(self, submission: Submission, update: bytes) -> Receipt:
+        """Hand in a result with the bytes of its update (empty when it has none); safe to repeat."""
 
     def decline(self, task: Task, reason: str) -> None:
         """Turn a task down."""
@@ -165,7 +166,7 @@ class Cloud(Protocol):
     def download(self, digest: Digest, partial: Path, max_bytes: int) -> None:
         """Append to ``partial`` what it lacks of an artifact; at most ``max_bytes`` in all."""
 
-    def receive(self, digest: Digest, parts: list[bytes], max_bytes: int) -> None:
+    def receive(self, digest: Digest, parts: list[Bytes], max_bytes: int) -> None:
         """Append to ``parts`` what they lack of an artifact; at most ``max_bytes`` in all."""
 
     def upload(self, digest: Digest, data: bytes) -> None:

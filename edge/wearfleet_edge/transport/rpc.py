@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
-from wearfleet_protos.chunks import CHUNK_BYTES, crc32c
+from wearfleet_protos.chunks import CHUNK_BYTES, RECEIVED_CHUNK, split_chunk
 from wearfleet_protos.errors import (
     ConflictError,
     DeniedError,
@@ -32,7 +33,8 @@ from wearfleet_protos.v1 import (
 
 from wearfleet_edge.identity import Broker, Enrolment
 from wearfleet_edge.transport.cloud import (
-    INLINE_BYTES,
+    STREAMED_BYTES,
+    Bytes,
     Desired,
     Enrolled,
     HeartbeatReply,
@@ -44,11 +46,15 @@ from wearfleet_edge.transport.cloud import (
     Submission,
     Task,
 )
+from wearfleet_edge.transport.work_stream import WorkStream, next_offset, update_messages
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from wearfleet_edge.state import StateDirectory
+
+    _Download = grpc.UnaryStreamMultiCallable[artifact_pb2.DownloadArtifactRequest, bytes]
+    _UploadCall = grpc.StreamUnaryMultiCallable[bytes, artifact_pb2.UploadArtifactResponse]
 
 __all__ = ["RpcCloud", "enrol", "translate_error"]
 
@@ -57,13 +63,16 @@ T = TypeVar("T")
 _CALL_SECONDS: Final = 15.0
 _TRANSFER_GRACE_SECONDS: Final = 30.0
 _SLOWEST_BYTES_PER_SECOND: Final = 32 * 1024
+_DOWNLOAD: Final = "/wearfleet.v1.ArtifactService/DownloadArtifact"
+_UPLOAD: Final = "/wearfleet.v1.ArtifactService/UploadArtifact"
 _RETRY_POLICY: Final = json.dumps(
     {
         "methodConfig": [
             {
                 "name": [
                     {"service": "wearfleet.v1.FleetService"},
-                    {"service": "wearfleet.v1.FederationService"},
+                    {"service": "wearfleet.v1.FederationService", "method": "ReportStage"},
+                    {"service": "wearfleet.v1.FederationService", "method": "DeclineTask"},
                     {"service": "wearfleet.v1.ArtifactService", "method": "StatArtifact"},
                 ],
                 "retryPolicy": {
@@ -113,7 +122,7 @@ class RpcCloud:
     def __init__(self, address: str, credentials: Callable[[], grpc.ChannelCredentials]) -> None:
         self._address = address
         self._credentials = credentials
-        self._inline_bytes = INLINE_BYTES
+        self._streamed_bytes = STREAMED_BYTES
         self._open()
 
     @classmethod
@@ -131,16 +140,25 @@ class RpcCloud:
         self._fleet = fleet_pb2_grpc.FleetServiceStub(self._channel)
         self._federation = federation_pb2_grpc.FederationServiceStub(self._channel)
         self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(self._channel)
+        self._downloads: _Download = self._channel.unary_stream(
+            _DOWNLOAD, request_serializer=artifact_pb2.DownloadArtifactRequest.SerializeToString
+        )
+        self._uploads: _UploadCall = self._channel.stream_unary(
+            _UPLOAD, response_deserializer=artifact_pb2.UploadArtifactResponse.FromString
+        )
+        self._work = WorkStream(self._channel)
         self._enrolment = enrolment_pb2_grpc.EnrolmentServiceStub(self._channel)
 
     def reopen(self) -> None:
         """Use a renewed certificate from now on; calls under way fail as retryable."""
-        old = self._channel
+        old, stream = self._channel, self._work
         self._open()
+        stream.close()
         old.close()
 
     def close(self) -> None:
         """End the connection; running calls are cancelled."""
+        self._work.close()
         self._channel.close()
 
     def heartbeat(self, reported: Reported) -> HeartbeatReply:
@@ -168,13 +186,13 @@ class RpcCloud:
         After a failure the next task comes without its tensors: a bad network gets them as a resumable download.
         """
         request = federation_pb2.PollTaskRequest(
-            wait_seconds=wait_s, manifest_digest=manifest_digest, max_inline_bytes=self._inline_bytes
+            wait_seconds=wait_s, manifest_digest=manifest_digest, max_streamed_bytes=self._streamed_bytes
         )
-        timeout = wait_s + _transfer_seconds(self._inline_bytes)
-        self._inline_bytes = 0
-        reply = self._call("poll for a task", lambda: self._federation.PollTask(request, timeout=timeout))
-        self._inline_bytes = INLINE_BYTES
-        task = _task_from_pb(reply.task) if reply.HasField("task") else None
+        timeout = wait_s + _transfer_seconds(CHUNK_BYTES)
+        self._streamed_bytes = 0
+        reply, tensors = self._call("poll for a task", lambda: self._work.poll(request, timeout))
+        self._streamed_bytes = STREAMED_BYTES
+        task = _task_from_pb(reply.task, tensors) if reply.HasField("task") else None
         return PollReply(task, reply.retry_after_seconds)
 
     def report_stage(self, task: Task, stage: Stage) -> bool:
@@ -187,8 +205,22 @@ class RpcCloud:
         )
         return bool(reply.wanted)
 
-    def submit(self, submission: Submission, update: bytes = b"") -> Receipt:
-        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+    def submit(self, submission: Submission, update: bytes) -> Receipt:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`.
+
+        After a failure the update does not travel along: perhaps it is there already, and on a bad network an
+        upload can go on where it stopped.
+        """
+        streamed = update if len(update) <= self._streamed_bytes else b""
+        try:
+            return self._submit(submission, streamed)
+        except NotFoundError:
+            if streamed or not update:
+                raise
+        self.upload(parse_digest(submission.update_digest), update)
+        return self._submit(submission, b"")
+
+    def _submit(self, submission: Submission, streamed: bytes) -> Receipt:
         request = federation_pb2.SubmitUpdateRequest(
             run_id=submission.run_id,
             round=submission.round_number,
@@ -200,12 +232,11 @@ class RpcCloud:
             metrics=submission.metrics,
             train_seconds=submission.train_seconds,
             local_state_reset=submission.local_state_reset,
-            update=update,
         )
-        timeout = _CALL_SECONDS + len(update) / _SLOWEST_BYTES_PER_SECOND
-        reply = self._call(
-            "submit an update", lambda: self._federation.SubmitUpdate(request, timeout=timeout)
-        )
+        timeout = _transfer_seconds(len(streamed))
+        self._streamed_bytes = 0
+        reply = self._call("submit an update", lambda: self._work.submit(request, streamed, timeout))
+        self._streamed_bytes = STREAMED_BYTES
         status = _RECEIPTS.get(reply.status)
         if status is None:
             raise ProtocolError(f"unknown receipt status {reply.status}; update the agent")
@@ -225,18 +256,24 @@ class RpcCloud:
             file.flush()
             os.fsync(file.fileno())
 
-    def receive(self, digest: Digest, parts: list[bytes], max_bytes: int) -> None:
+    def receive(self, digest: Digest, parts: list[Bytes], max_bytes: int) -> None:
         """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
         self._receive(digest, sum(map(len, parts)), max_bytes, parts.append)
 
-    def _receive(self, digest: Digest, offset: int, max_bytes: int, write: Callable[[bytes], object]) -> None:
+    def _receive(
+        self, digest: Digest, offset: int, max_bytes: int, write: Callable[[memoryview], object]
+    ) -> None:
         request = artifact_pb2.DownloadArtifactRequest(digest=digest, offset=offset)
         timeout = _transfer_seconds(max_bytes - offset)
 
         def work() -> None:
             at = offset
-            for message in self._artifacts.DownloadArtifact(request, timeout=timeout):
-                at = _write_chunk(write, message.chunk, at, max_bytes)
+            for message in self._downloads(request, timeout=timeout):
+                _, chunk = split_chunk(RECEIVED_CHUNK, message)
+                if chunk is None:
+                    raise ProtocolError(f"a message of the download of {digest} holds no chunk")
+                at = next_offset(chunk, at, max_bytes)
+                write(chunk.data)
 
         self._call(f"download {digest}", work)
 
@@ -260,11 +297,11 @@ class RpcCloud:
                 self._send(digest, data, found.committed_offset)
 
     def _send(self, digest: Digest, data: bytes, offset: int) -> None:
-        messages = _upload_messages(digest, data, offset)
+        start = artifact_pb2.UploadStart(digest=digest, size_bytes=len(data), offset=offset)
+        opening = artifact_pb2.UploadArtifactRequest(start=start).SerializeToString()
+        messages = chain((opening,), update_messages(data, offset, b""))
         timeout = _transfer_seconds(len(data))
-        reply = self._call(
-            f"upload {digest}", lambda: self._artifacts.UploadArtifact(messages, timeout=timeout)
-        )
+        reply = self._call(f"upload {digest}", lambda: self._uploads(messages, timeout=timeout))
         if not reply.complete:
             raise TransportError(
                 f"the upload of {digest} stopped at {reply.committed_offset} of {len(data)} bytes"
@@ -362,32 +399,7 @@ def _transfer_seconds(size: int) -> float:
     return _TRANSFER_GRACE_SECONDS + max(size, 0) / _SLOWEST_BYTES_PER_SECOND
 
 
-def _write_chunk(write: Callable[[bytes], object], chunk: artifact_pb2.Chunk, at: int, max_bytes: int) -> int:
-    """Write one verified chunk; returns the next offset."""
-    if chunk.offset != at:
-        raise ProtocolError(f"expected a chunk at offset {at}, got one at {chunk.offset}")
-    if crc32c(chunk.data) != chunk.crc32c:
-        raise TransportError(f"the chunk at offset {at} was damaged on the way")
-    if at + len(chunk.data) > max_bytes:
-        raise IntegrityError(f"the artifact is larger than the {max_bytes} bytes that are accepted")
-    write(chunk.data)
-    return at + len(chunk.data)
-
-
-def _upload_messages(
-    digest: Digest, data: bytes, offset: int
-) -> Iterator[artifact_pb2.UploadArtifactRequest]:
-    start = artifact_pb2.UploadStart(digest=digest, size_bytes=len(data), offset=offset)
-    yield artifact_pb2.UploadArtifactRequest(start=start)
-    for at in range(offset, len(data), CHUNK_BYTES):
-        part = data[at : at + CHUNK_BYTES]
-        request = artifact_pb2.UploadArtifactRequest()
-        chunk = request.chunk  # filled in place: the bytes are copied once
-        chunk.offset, chunk.data, chunk.crc32c = at, part, crc32c(part)
-        yield request
-
-
-def _task_from_pb(task: federation_pb2.FederatedTask) -> Task:
+def _task_from_pb(task: federation_pb2.FederatedTask, tensors: bytearray) -> Task:
     kinds = {federation_pb2.TASK_KIND_TRAIN: False, federation_pb2.TASK_KIND_PERSONALISE: True}
     if task.kind not in kinds:
         raise ProtocolError(f"unknown task kind {task.kind}; update the agent")
@@ -401,5 +413,5 @@ def _task_from_pb(task: federation_pb2.FederatedTask) -> Task:
         tensors_digest=parse_digest(task.tensors_digest),
         tensors_bytes=task.tensors_bytes,
         remaining_seconds=task.remaining_seconds,
-        tensors=task.tensors,
+        tensors=tensors,
     )

@@ -39,20 +39,10 @@ class FederationServiceStub(object):
                 request_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.WorkRequest.SerializeToString,
                 response_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.WorkResponse.FromString,
                 _registered_method=True)
-        self.PollTask = channel.unary_unary(
-                '/wearfleet.v1.FederationService/PollTask',
-                request_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.PollTaskRequest.SerializeToString,
-                response_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.PollTaskResponse.FromString,
-                _registered_method=True)
         self.ReportStage = channel.unary_unary(
                 '/wearfleet.v1.FederationService/ReportStage',
                 request_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.ReportStageRequest.SerializeToString,
                 response_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.ReportStageResponse.FromString,
-                _registered_method=True)
-        self.SubmitUpdate = channel.unary_unary(
-                '/wearfleet.v1.FederationService/SubmitUpdate',
-                request_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.SubmitUpdateRequest.SerializeToString,
-                response_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.SubmitUpdateResponse.FromString,
                 _registered_method=True)
         self.DeclineTask = channel.unary_unary(
                 '/wearfleet.v1.FederationService/DeclineTask',
@@ -66,14 +56,8 @@ class FederationServiceServicer(object):
 
     def Work(self, request_iterator, context):
         """Polls and submissions of one device, one after the other, with the tensors in chunks beside them. The service answers
-        each before it reads the next; what it refuses ends the stream with a status. Either side may end it at any time.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def PollTask(self, request, context):
-        """Waits up to wait_seconds for a task.
+        each before it reads the next; what it refuses ends the stream with a status. Either side may end it at any time; both
+        are safe to repeat on the next one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,13 +65,6 @@ class FederationServiceServicer(object):
 
     def ReportStage(self, request, context):
         """Tells how far a task is; counts as a sign of life.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def SubmitUpdate(self, request, context):
-        """Hands in an update whose tensors were uploaded before; safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,20 +85,10 @@ def add_FederationServiceServicer_to_server(servicer, server):
                     request_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.WorkRequest.FromString,
                     response_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.WorkResponse.SerializeToString,
             ),
-            'PollTask': grpc.unary_unary_rpc_method_handler(
-                    servicer.PollTask,
-                    request_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.PollTaskRequest.FromString,
-                    response_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.PollTaskResponse.SerializeToString,
-            ),
             'ReportStage': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportStage,
                     request_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.ReportStageRequest.FromString,
                     response_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.ReportStageResponse.SerializeToString,
-            ),
-            'SubmitUpdate': grpc.unary_unary_rpc_method_handler(
-                    servicer.SubmitUpdate,
-                    request_deserializer=wearfleet__protos_dot_v1_dot_federation__pb2.SubmitUpdateRequest.FromString,
-                    response_serializer=wearfleet__protos_dot_v1_dot_federation__pb2.SubmitUpdateResponse.SerializeToString,
             ),
             'DeclineTask': grpc.unary_unary_rpc_method_handler(
                     servicer.DeclineTask,
@@ -167,33 +134,6 @@ class FederationService(object):
             _registered_method=True)
 
     @staticmethod
-    def PollTask(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/wearfleet.v1.FederationService/PollTask',
-            wearfleet__protos_dot_v1_dot_federation__pb2.PollTaskRequest.SerializeToString,
-            wearfleet__protos_dot_v1_dot_federation__pb2.PollTaskResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
     def ReportStage(request,
             target,
             options=(),
@@ -210,33 +150,6 @@ class FederationService(object):
             '/wearfleet.v1.FederationService/ReportStage',
             wearfleet__protos_dot_v1_dot_federation__pb2.ReportStageRequest.SerializeToString,
             wearfleet__protos_dot_v1_dot_federation__pb2.ReportStageResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def SubmitUpdate(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/wearfleet.v1.FederationService/SubmitUpdate',
-            wearfleet__protos_dot_v1_dot_federation__pb2.SubmitUpdateRequest.SerializeToString,
-            wearfleet__protos_dot_v1_dot_federation__pb2.SubmitUpdateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,123 @@
+"""The stream of work of one device: polls and submissions one after the other, tensors in chunks beside both.
+
+Each question does what the call of the same name does, through the same functions; only the bytes take another way.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from google.protobuf.message import DecodeError
+from wearfleet_protos.chunks import SENT_CHUNK, WireChunk, split_chunk
+from wearfleet_protos.errors import ProtocolError, TransportError
+from wearfleet_protos.v1 import federation_pb2
+
+from wearfleet_cloud.service.federation import Federation
+from wearfleet_cloud.service.handlers import Artifacts
+from wearfleet_cloud.service.rpc_messages import fill_task, receipt_of, submission_of, wait_of
+
+__all__ = ["Pipe", "WorkStreams"]
+
+
+class Pipe(Protocol):
+    """One end of a stream."""
+
+    @property
+    def device(self) -> str:
+        """Who is at the other end; checked again each time."""
+
+    async def read(self) -> bytes | None:
+        """The next message; None when the device has ended the stream."""
+
+    async def write(self, message: bytes) -> None:
+        """Send a message."""
+
+    async def timed(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do the work of one question and count it as a call of this name."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkStreams:
+    """Serves streams.
+
+    Args:
+        artifacts: tensors and updates.
+        federation: tasks and submissions.
+    """
+
+    artifacts: Artifacts
+    federation: Federation
+
+    async def serve(self, pipe: Pipe) -> None:
+        """Answer questions until the device ends the stream.
+
+        Raises:
+            WearfleetError: a question was refused; the stream cannot go on.
+        """
+        while (message := await pipe.read()) is not None:
+            request, chunk = _parse(message)
+            kind = request.HasField("poll"), request.HasField("submit")
+            if kind == (True, False):
+                await pipe.timed("PollTask", lambda: self._poll(pipe, request.poll))  # noqa: B023 - called at once
+            elif kind == (False, True):
+                await pipe.timed(
+                    "SubmitUpdate",
+                    lambda: self._submit(pipe, request.submit, chunk),  # noqa: B023 - called at once
+                )
+            else:
+                raise ProtocolError(
+                    "a message of a work stream must hold a poll or a submission, and one only"
+                )
+
+    async def _poll(self, pipe: Pipe, request: federation_pb2.PollTaskRequest) -> None:
+        task = await self.federation.poll(pipe.device, wait_of(request))
+        if task is None:
+            empty = federation_pb2.PollTaskResponse()
+            await pipe.write(federation_pb2.WorkResponse(poll=empty).SerializeToString())
+            return
+        response = federation_pb2.WorkResponse()
+        fill_task(response.poll.task, task)
+        if task.tensors_bytes > request.max_streamed_bytes:
+            await pipe.write(response.SerializeToString())
+            return
+        response.poll.task.streamed_bytes = task.tensors_bytes
+        rest = response.SerializeToString()
+        for message in self.artifacts.download(task.tensors_digest, 0):
+            await pipe.write(rest + message)  # fields of one message in any order are that message
+            rest = b""
+
+    async def _submit(
+        self, pipe: Pipe, request: federation_pb2.SubmitUpdateRequest, first: WireChunk | None
+    ) -> None:
+        device_id = pipe.device
+        submission = submission_of(device_id, request)
+        size = request.streamed_bytes
+        if size:
+            chunks = _chunks(pipe, first, size)
+            await self.artifacts.take_in(device_id, request.update_digest, size, chunks)
+        answer = await self.federation.submit(submission, request.base_digest)
+        await pipe.write(federation_pb2.WorkResponse(receipt=receipt_of(answer)).SerializeToString())
+
+
+async def _chunks(pipe: Pipe, chunk: WireChunk | None, size: int) -> AsyncIterator[WireChunk]:
+    """The chunks of an update of so many bytes, the first of which has come already."""
+    came = 0
+    while True:
+        if chunk is None or not chunk.data:
+            raise ProtocolError(f"announced were {size} bytes of an update, after {came} came something else")
+        came += len(chunk.data)
+        yield chunk
+        if came >= size:
+            return
+        message = await pipe.read()
+        if message is None:
+            raise TransportError(f"the stream ended after {came} of {size} bytes of an update")
+        _, chunk = _parse(message)
+
+
+def _parse(message: bytes) -> tuple[federation_pb2.WorkRequest, WireChunk | None]:
+    rest, chunk = split_chunk(SENT_CHUNK, message)
+    try:
+        return federation_pb2.WorkRequest.FromString(rest), chunk
+    except DecodeError as error:
+        raise ProtocolError(f"not a {federation_pb2.WorkRequest.DESCRIPTOR.full_name}: {error}") from error
