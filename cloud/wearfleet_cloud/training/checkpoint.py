@@ -7,7 +7,7 @@ power cut at any moment.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from wearfleet_protos.errors import IntegrityError
 
 from wearfleet_cloud.algorithms.base import State
-from wearfleet_cloud.training.selection import Best
+from wearfleet_cloud.training.selection import Best, Scores
 
 __all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint", "write_atomically"]
 
@@ -32,15 +32,15 @@ class Checkpoint:
         fingerprint: of settings and data; a run resumes only its own checkpoint.
         step: updates made.
         state: after them.
-        best: kept step.
-        kept: named parameters and buffers of the kept step.
+        best: kept step of every selection rule, for each of the runs that advance together.
+        kept: named parameters and buffers of the networks of the kept steps.
         seconds: spent in updates so far.
     """
 
     fingerprint: str
     step: int
     state: State
-    best: Best
+    best: tuple[Mapping[str, Best], ...]
     kept: Mapping[str, Tensor]
     seconds: float
 
@@ -56,8 +56,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     document = {
         "fingerprint": checkpoint.fingerprint,
         "step": checkpoint.step,
-        "best_step": checkpoint.best.step,
-        "best_accuracy": checkpoint.best.accuracy,
+        "best": [{rule: asdict(best) for rule, best in rules.items()} for rules in checkpoint.best],
         "seconds": checkpoint.seconds,
     }
     owned = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
@@ -81,11 +80,14 @@ def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:
                 fingerprint=str(document["fingerprint"]),
                 step=int(document["step"]),
                 state=State(*(parts[part] for part in _PARTS)),
-                best=Best(int(document["best_step"]), float(document["best_accuracy"])),
+                best=tuple(
+                    {rule: Best(int(b["step"]), Scores(**b["scores"])) for rule, b in rules.items()}
+                    for rules in document["best"]
+                ),
                 kept=parts["kept"],
                 seconds=float(document["seconds"]),
             )
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise IntegrityError(
             f"{path} is not a readable checkpoint ({error}); delete it to start again"
         ) from error

@@ -7,6 +7,7 @@ from typing import Literal
 from wearfleet_protos.errors import ConfigError
 
 from wearfleet_cloud.training.optimisers import Adam, Optimiser, Sgd
+from wearfleet_cloud.training.selection import RULES, SOURCE_VALIDATION
 
 __all__ = ["TrainConfig"]
 
@@ -26,6 +27,7 @@ class TrainConfig:
         seed: of the initial weights and of every random number of the run.
         evaluate_every: steps between evaluations, which are also the checkpoints.
         split: rule that makes the source-validation sets: "block" of time, "person" or "stratified".
+        selection: rule that chooses the step whose tensors are kept, a key of ``RULES``.
         hyper: hyper-parameters of the algorithm that differ from their defaults.
         options: options of the algorithm that differ from their defaults.
         device: of torch, for example "cpu" or "cuda".
@@ -44,6 +46,7 @@ class TrainConfig:
     seed: int = 0
     evaluate_every: int = 100
     split: str = "block"
+    selection: str = SOURCE_VALIDATION
     hyper: Mapping[str, float] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
@@ -56,6 +59,8 @@ class TrainConfig:
             raise ConfigError(f"the learning rate must be above 0, got {self.lr}")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"the seed must be between 0 and 2**31 - 1, got {self.seed}")
+        if self.selection not in RULES:
+            raise ConfigError(f"unknown selection rule {self.selection!r}; known: {', '.join(RULES)}")
         self.build_optimiser()
 
     def build_optimiser(self) -> Optimiser:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from wearfleet_protos.errors import DataError
 
-__all__ = ["accuracy_of", "confusion_matrix", "evaluate", "macro_f1"]
+__all__ = ["accuracy_of", "confusion_matrix", "evaluate", "macro_f1", "predictions"]
 
 _EVALUATION_BATCH = 1024
 
@@ -45,28 +45,30 @@ def macro_f1(confusion: Tensor) -> float:
     return float(scores[found > 0].mean())
 
 
-def evaluate(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, classes: int) -> Tensor:
-    """Confusion matrix of a network with given tensors, in evaluation mode.
+def predictions(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Classes that a network with given tensors predicts, in evaluation mode.
 
     Args:
         model: its own tensors are not read; its mode is restored.
         tensors: named parameters and buffers.
         x: (N, C, T) raw windows.
-        y: (N,) int64.
-        classes: K.
 
     Returns:
-        (K, K) int64 on the device of ``x``.
+        (N,) int64 on the device of ``x``.
     """
     training = model.training
     model.eval()
-    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=x.device)
+    found = [torch.zeros(0, dtype=torch.int64, device=x.device)]
     try:
         with torch.no_grad():
-            for first in range(0, len(y), _EVALUATION_BATCH):
-                part = slice(first, first + _EVALUATION_BATCH)
-                logits = functional_call(model, dict(tensors), (x[part],))
-                confusion += confusion_matrix(logits.argmax(dim=1), y[part], classes)
+            for first in range(0, len(x), _EVALUATION_BATCH):
+                part = x[first : first + _EVALUATION_BATCH]
+                found.append(functional_call(model, dict(tensors), (part,)).argmax(dim=1))
     finally:
         model.train(training)
-    return confusion
+    return torch.cat(found)
+
+
+def evaluate(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, classes: int) -> Tensor:
+    """Confusion matrix (K, K) int64 of ``predictions``; ``y`` (N,) int64 are the actual classes, ``classes`` is K."""
+    return confusion_matrix(predictions(model, tensors, x), y, classes)

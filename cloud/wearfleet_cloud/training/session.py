@@ -1,71 +1,61 @@
-"""One run in segments: advance to the next evaluation, score, select, write down, repeat; resumes where it stopped."""
+"""Runs in segments: advance to the next evaluation, score, select, write down, repeat; resumes where it stopped."""
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from wearfleet_models import Classifier, randomness
 from wearfleet_protos.errors import ConflictError
 
-from wearfleet_cloud.algorithms import Algorithm, State
+from wearfleet_cloud.algorithms.base import State, Tensors
 from wearfleet_cloud.data.dataset import Progress
 from wearfleet_cloud.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomically
-from wearfleet_cloud.training.config import TrainConfig
-from wearfleet_cloud.training.loop import Resident, advance
-from wearfleet_cloud.training.metrics import accuracy_of, evaluate, macro_f1
-from wearfleet_cloud.training.selection import mean_over_domains, select
+from wearfleet_cloud.training.run import Run
+from wearfleet_cloud.training.selection import Scores, select_all
 
-__all__ = ["Session", "Windows", "on_device"]
+__all__ = ["Runner", "Session"]
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """Windows to score on, on the device: x (N, C, T) raw, y (N,)."""
+class Runner(Protocol):
+    """What advances one run, or several together."""
 
-    x: Tensor
-    y: Tensor
+    def init(self) -> State:
+        """The state before the first step."""
 
+    def advance(
+        self, state: State, steps: range, on_step: Callable[[int], None]
+    ) -> tuple[State, list[dict[str, float]]]:
+        """The state after these steps, and the mean of every metric over them for every run."""
 
-def on_device(x: NDArray[np.float32], y: NDArray[np.int64], device: torch.device) -> Windows:
-    """Copy windows to a device."""
-    return Windows(torch.tensor(x, device=device), torch.tensor(y, dtype=torch.int64, device=device))
+    def examine(self, state: State) -> list[Scores]:
+        """The scores of every run."""
+
+    def keep(self, state: State, before: Tensors | None, better: Sequence[bool]) -> Tensors:
+        """Tensors of the networks that predict: now where a run got better, those from before where not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A run and where it is kept.
+    """Runs that advance together, and where they are kept.
 
     Args:
-        algorithm: bound to ``model``.
-        model: the network.
-        config: settings.
-        fingerprint: of settings and data.
-        train: windows to train on.
-        validation: one set a source domain.
-        target: windows of the unseen domain; scored, never used to choose.
-        folder: of the checkpoint and the metrics.
+        runner: that advances them.
+        runs: all of the same number of steps and evaluations.
+        fingerprint: of settings and data of all of them.
     """
 
-    algorithm: Algorithm
-    model: Classifier
-    config: TrainConfig
+    runner: Runner
+    runs: Sequence[Run]
     fingerprint: str
-    train: Resident
-    validation: Sequence[Windows]
-    target: Windows
-    folder: Path
 
-    def run(self, progress: Progress) -> Checkpoint:
-        """Train to the end, from the checkpoint in the folder when there is one.
+    def finish(self, progress: Progress) -> Checkpoint:
+        """Train to the end, from the checkpoint in the first run's folder when there is one.
 
         Args:
             progress: called with ("training", steps made, steps in all).
@@ -78,72 +68,60 @@ class Session:
             IntegrityError: the checkpoint is damaged.
         """
         checkpoint = self._stored()
-        self._rewrite_metrics(checkpoint.step if checkpoint else 0)
-        while checkpoint is None or checkpoint.step < self.config.steps:
-            checkpoint, row = self._segment(checkpoint, progress)
-            with (self.folder / METRICS_FILE).open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            save_checkpoint(self.folder / CHECKPOINT_FILE, checkpoint)
+        for run in self.runs:
+            _rewrite_metrics(run.folder / METRICS_FILE, checkpoint.step if checkpoint else 0)
+        while checkpoint is None or checkpoint.step < self.runs[0].config.steps:
+            checkpoint, rows = self._segment(checkpoint, progress)
+            for run, row in zip(self.runs, rows, strict=True):
+                with (run.folder / METRICS_FILE).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            save_checkpoint(self._file, checkpoint)
         return checkpoint
 
+    @property
+    def _file(self) -> Path:
+        return self.runs[0].folder / CHECKPOINT_FILE
+
     def _stored(self) -> Checkpoint | None:
-        path = self.folder / CHECKPOINT_FILE
-        if not path.exists():
+        if not self._file.exists():
             return None
-        checkpoint = load_checkpoint(path, torch.device(self.config.device))
+        checkpoint = load_checkpoint(self._file, torch.device(self.runs[0].config.device))
         if checkpoint.fingerprint != self.fingerprint:
             raise ConflictError(
-                f"{self.folder} holds a run with other settings or data; choose another folder or delete it"
+                f"{self._file.parent} holds a run with other settings or data; choose another folder or delete it"
             )
         return checkpoint
 
-    def _rewrite_metrics(self, last_step: int) -> None:
-        """Drop rows later than the checkpoint: their steps will be made again."""
-        path = self.folder / METRICS_FILE
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= last_step]
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-
-    def _segment(self, before: Checkpoint | None, progress: Progress) -> tuple[Checkpoint, dict[str, object]]:
+    def _segment(
+        self, before: Checkpoint | None, progress: Progress
+    ) -> tuple[Checkpoint, list[dict[str, object]]]:
         """Advance to the next evaluation and score."""
-        config = self.config
-        state = before.state if before else self.algorithm.init(config.seed)
+        config = self.runs[0].config
+        state = before.state if before else self.runner.init()
         first = before.step if before else 0
         last = min((first // config.evaluate_every + 1) * config.evaluate_every, config.steps)
         began = time.perf_counter()
-        state, means = advance(
-            self.algorithm,
-            state,
-            self.train,
-            self._hyper(),
-            key=randomness.derive(torch.tensor(config.seed, device=config.device), 0),
-            steps=range(first, last),
-            batch=config.batch,
-            on_step=lambda step: progress("training", step, config.steps),
+        state, metrics = self.runner.advance(
+            state, range(first, last), lambda step: progress("training", step, config.steps)
         )
-        metrics = {name: float(value) for name, value in means.items()}  # waits for the device
         seconds = (before.seconds if before else 0.0) + time.perf_counter() - began
-        scores = self._scores(state)
-        accuracy = scores["source_validation_accuracy"]
-        best = select(before.best if before else None, last, accuracy)
-        kept = self.algorithm.inference(state) if before is None or best.step == last else before.kept
-        row: dict[str, object] = {"step": last, **metrics, **scores, "seconds": round(seconds, 3)}
-        return Checkpoint(self.fingerprint, last, state, best, kept, seconds), row
+        scores = self.runner.examine(state)
+        older = before.best if before else (None,) * len(scores)
+        best = tuple(select_all(old, last, new) for old, new in zip(older, scores, strict=True))
+        better = [b[run.config.selection].step == last for run, b in zip(self.runs, best, strict=True)]
+        kept = self.runner.keep(state, dict(before.kept) if before else None, better)
+        rows: list[dict[str, object]] = [
+            {"step": last, **means, **asdict(score), "seconds": round(seconds, 3)}
+            for means, score in zip(metrics, scores, strict=True)
+        ]
+        return Checkpoint(self.fingerprint, last, state, best, kept, seconds), rows
 
-    def _scores(self, state: State) -> dict[str, float]:
-        tensors: Mapping[str, Tensor] = self.algorithm.inference(state)
-        classes = self.model.spec.classes
-        domains = [evaluate(self.model, tensors, v.x, v.y, classes) for v in self.validation]
-        target = evaluate(self.model, tensors, self.target.x, self.target.y, classes)
-        return {
-            "source_validation_accuracy": mean_over_domains([accuracy_of(domain) for domain in domains]),
-            "target_accuracy": accuracy_of(target),
-            "target_macro_f1": macro_f1(target),
-        }
 
-    def _hyper(self) -> dict[str, Tensor]:
-        values = {**self.algorithm.info.hyper, **self.config.hyper, "lr": self.config.lr}
-        return {name: torch.tensor(float(value), device=self.config.device) for name, value in values.items()}
+def _rewrite_metrics(path: Path, last_step: int) -> None:
+    """Drop rows later than the checkpoint: their steps will be made again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) <= last_step]
+    write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _step_of(line: str) -> float:

@@ -30,6 +30,7 @@ _TRAINING: Final[Mapping[str, Callable[[str], object]]] = {
     "weight_decay": float,
     "evaluate_every": int,
     "split": str,
+    "selection": str,
 }
 
 

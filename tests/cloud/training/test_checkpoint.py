@@ -9,7 +9,7 @@ import torch
 from wearfleet_cloud.algorithms import State
 from wearfleet_cloud.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomically
 from wearfleet_cloud.training.model_files import load_model, save_model
-from wearfleet_cloud.training.selection import Best
+from wearfleet_cloud.training.selection import Best, Scores
 from wearfleet_models import ModelSpec, build_classifier
 from wearfleet_protos.errors import IntegrityError, NotFoundError, ShapeError
 
@@ -23,7 +23,8 @@ def _checkpoint(step: int) -> Checkpoint:
         "b": flat[2:].reshape(2, 2),
     }  # views of one vector, as the optimisers return them
     state = State(params, {"count": torch.tensor(step)}, {"adam_m/a": flat[1:3]}, {})
-    return Checkpoint("print", step, state, Best(step, 0.1 + 0.2), {"a": flat[:2].t()}, 1.5)
+    best = {"oracle": Best(step, Scores(0.1 + 0.2, 0.5, 1 / 3, 0.25))}
+    return Checkpoint("print", step, state, (best, best), {"a": flat[:2].t()}, 1.5)
 
 
 def test_a_checkpoint_comes_back_bit_by_bit(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from wearfleet_cloud.training import metrics
 from wearfleet_cloud.training.scoring import score
-from wearfleet_cloud.training.selection import Best, mean_over_domains, select
+from wearfleet_cloud.training.selection import mean_over_domains
 from wearfleet_models import ModelSpec, build_classifier
 from wearfleet_protos.errors import ConfigError, DataError, ShapeError
 
@@ -58,17 +58,6 @@ def test_a_model_for_other_windows_is_refused() -> None:
     model = build_classifier(ModelSpec("cnn", 3, 40, 3, kernel=5))
     with pytest.raises(ShapeError, match=r"\(3, 40, 3\).*\(4, 40, 3\)"):
         score(model, np.zeros((2, 4, 40), np.float32), np.zeros(2, np.int64), ["a", "b", "c"])
-
-
-def test_selection_keeps_the_first_of_the_best() -> None:
-    best = None
-    for step, accuracy in [(100, 0.5), (200, 0.8), (300, 0.8), (400, 0.7)]:
-        best = select(best, step, accuracy)
-    assert best == Best(200, 0.8)
-
-
-def test_first_evaluation_is_kept_even_when_everything_is_wrong() -> None:
-    assert select(None, 100, 0.0) == Best(100, 0.0)
 
 
 def test_domains_count_equally_whatever_their_size() -> None:

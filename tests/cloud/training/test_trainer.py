@@ -59,18 +59,26 @@ def test_a_run_learns_and_writes_what_it_did(
     assert [row["step"] for row in _rows(tmp_path)] == [10, 20, 30, 40, 45]
 
 
-def test_the_kept_step_is_the_first_with_the_best_source_validation(
-    small_scenario: Scenario, tmp_path: Path
+@pytest.mark.parametrize(
+    ("rule", "measure"),
+    [
+        ("source-validation", "source_validation_accuracy"),
+        ("mixup-validation", "mixup_validation_accuracy"),
+        ("oracle", "source_validation_accuracy"),
+    ],
+)
+def test_the_kept_step_is_the_first_best_by_the_rule_that_was_asked_for(
+    small_scenario: Scenario, tmp_path: Path, rule: str, measure: str
 ) -> None:
-    result, rows = _train(small_scenario, tmp_path), _rows(tmp_path)
-    best = max(row["source_validation_accuracy"] for row in rows)
-    kept = next(row for row in rows if row["source_validation_accuracy"] == best)
-    summary = result.summary
-    assert (summary["selected_step"], summary["source_validation_accuracy"]) == (kept["step"], best)
-    assert (summary["target_accuracy"], summary["target_macro_f1"]) == (
-        kept["target_accuracy"],
-        kept["target_macro_f1"],
-    )
+    result = _train(small_scenario, tmp_path, config=replace(_CONFIG, selection=rule))
+    rows, summary = _rows(tmp_path), result.summary
+    kept = max(rows, key=lambda row: row[measure])  # the first of the best
+    assert (summary["selection"], summary["selected_step"]) == (rule, kept["step"])
+    for name in ("source_validation_accuracy", "target_accuracy", "target_macro_f1"):
+        assert summary[name] == kept[name]
+    assert set(summary["selections"]) == {"source-validation", "mixup-validation", "oracle"}
+    scores = {name: kept[name] for name in summary["selections"][rule] if name != "step"}
+    assert summary["selections"][rule] == {"step": kept["step"], **scores}
 
 
 def test_the_saved_model_takes_raw_windows_and_scores_the_same(
@@ -191,6 +199,7 @@ def test_wrong_requests_are_refused_before_anything_is_written(
         {"lr": float("nan")},
         {"seed": -1},
         {"optimiser": "lbfgs"},
+        {"selection": "last"},
         {"momentum": 1.0, "optimiser": "sgd"},
     ],
 )
