@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from wearfleet_protos.errors import ConfigError
 
-from wearfleet_models.backbones import Cnn, DeepConvLstm, PatchTransformer, ResNet, Transformer
+from wearfleet_models.backbones import (
+    Cnn,
+    DeepConvLstm,
+    PatchTransformer,
+    ResNet,
+    Transformer,
+    lag_cnn,
+    lag_transformer,
+)
 from wearfleet_models.layers import Standardise
 from wearfleet_models.necks import NECKS, Neck
 
@@ -26,7 +34,7 @@ class ModelSpec:
         classes: K.
         kernel: length of the convolutions (the CNNs) or of a patch (patch-transformer), samples.
         dropout: share of dropped activations (the Transformers, deep-conv-lstm).
-        feedforward: width of the feed-forward blocks (transformer, transformer-strict).
+        feedforward: width of the feed-forward blocks (transformer, transformer-strict, lag-transformer).
         neck: what stands between backbone and head, a key of :data:`wearfleet_models.NECKS`.
         neck_width: numbers in the embedding (bottleneck, dense, mixture).
         domains: number of source domains, at least 1 (mixture).
@@ -124,8 +132,8 @@ def build_classifier(spec: ModelSpec, seed: int = 0) -> Classifier:
         return Classifier(spec)
 
 
-def _cnn(*filters: int) -> Callable[[ModelSpec], nn.Module]:
-    return lambda spec: Cnn(spec.channels, spec.window, spec.kernel, filters)
+def _cnn(*filters: int, normalise: bool = True) -> Callable[[ModelSpec], nn.Module]:
+    return lambda spec: Cnn(spec.channels, spec.window, spec.kernel, filters, normalise=normalise)
 
 
 def _transformer(*, strict: bool) -> Callable[[ModelSpec], nn.Module]:
@@ -138,8 +146,14 @@ BACKBONES: Final[Mapping[str, Callable[[ModelSpec], nn.Module]]] = {
     "cnn": _cnn(16, 32),
     "cnn-small": _cnn(16),
     "cnn-large": _cnn(16, 32, 32, 32),
+    "cnn-plain": _cnn(16, 32, normalise=False),
+    "cnn-plain-3": _cnn(16, 32, 64, normalise=False),
+    "lag-cnn": lambda spec: lag_cnn(spec.channels, spec.window, spec.kernel),
     "transformer": _transformer(strict=False),
     "transformer-strict": _transformer(strict=True),
+    "lag-transformer": lambda spec: lag_transformer(
+        spec.channels, spec.window, spec.dropout, spec.feedforward
+    ),
     "patch-transformer": lambda spec: PatchTransformer(spec.channels, spec.window, spec.kernel, spec.dropout),
     "deep-conv-lstm": lambda spec: DeepConvLstm(spec.channels, spec.window, spec.dropout),
     "resnet": lambda spec: ResNet(spec.channels),

@@ -59,6 +59,18 @@ def test_small_and_large_cnn_have_the_number_of_features_that_the_benchmark_stat
     assert model.features(torch.randn(2, 8, window)).shape == (2, features)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "channels", "window", "kernel", "features"),
+    [("cnn-plain", 45, 125, 9, 800), ("cnn-plain", 27, 512, 9, 3904), ("cnn-plain-3", 6, 500, 6, 3712)],
+)
+def test_cnn_of_ddlearn_has_the_published_number_of_features_and_no_normalisation(
+    backbone: str, channels: int, window: int, kernel: int, features: int
+) -> None:
+    model = build_classifier(ModelSpec(backbone, channels, window, 5, kernel=kernel)).eval()
+    assert model.features(torch.randn(2, channels, window)).shape == (2, features)
+    assert not list(model.backbone.buffers())
+
+
 @pytest.mark.parametrize("window", [50, 125, 128, 200])
 @pytest.mark.parametrize(
     ("backbone", "features"), [("patch-transformer", 64), ("deep-conv-lstm", 128), ("resnet", 128)]
@@ -185,12 +197,13 @@ def test_training_pass_can_be_traced(spec: ModelSpec) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("lstm", 6, 64, 4), "unknown backbone 'lstm'; known: cnn, cnn-small, cnn-large, transformer"),
+        (("lstm", 6, 64, 4), "unknown backbone 'lstm'; known: cnn, cnn-small, cnn-large, cnn-plain"),
         (("cnn", 6, 27, 4), "27 samples is too short for kernel 9; it needs 28"),
         (("cnn-small", 6, 9, 4), "it needs 10"),
         (("cnn-large", 6, 135, 4), "it needs 136"),
         (("patch-transformer", 6, 17, 4), "it needs 18"),
         (("deep-conv-lstm", 6, 16, 4), "it needs 17"),
+        (("lag-cnn", 6, 100, 4), "100 samples is cut into 10 patches: .* needs 13"),
         (("cnn", 0, 64, 4), "channels"),
         (("cnn", 6, 64.0, 4), "window"),
     ],
@@ -206,6 +219,9 @@ def test_an_impossible_model_is_refused_with_the_reason(settings: tuple, message
         ("cnn", 28),
         ("cnn-small", 10),
         ("cnn-large", 136),
+        ("cnn-plain-3", 64),
+        ("lag-cnn", 28),
+        ("lag-transformer", 1),
         ("patch-transformer", 18),
         ("deep-conv-lstm", 17),
         ("resnet", 1),

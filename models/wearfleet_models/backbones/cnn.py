@@ -1,7 +1,8 @@
-"""Convolutional networks of one, two or four blocks.
+"""Convolutional networks of one to four blocks.
 
 Source: HAROOD's "small", "medium" and "large" CNN (specs/ood.md 1.4): blocks of 16, 16-32 or 16-32-32-32 filters, each
-a convolution, batch normalisation, ReLU and max-pool of 2.
+a convolution, batch normalisation, ReLU and max-pool of 2. DDLearn's (Qin et al. 2023, arXiv:2306.04641; specs/ood.md
+3.5): blocks of 16-32 or 16-32-64 filters without the normalisation.
 Differs: one-dimensional convolutions over (B, C, T) instead of two-dimensional ones over (B, C, 1, T); the
 pool comes before the ReLU, which is the same function with half of the work; the number of features follows from the
 window, where the original's small and large networks state it for windows of 200 samples and fail on others.
@@ -29,13 +30,20 @@ class Cnn(nn.Module):
         window: T, samples.
         kernel: k, samples.
         filters: of each block.
+        normalise: whether blocks have batch normalisation.
 
     Raises:
         ConfigError: the window is too short for the blocks.
     """
 
     def __init__(
-        self, channels: int, window: int, kernel: int = 9, filters: Sequence[int] = (16, 32)
+        self,
+        channels: int,
+        window: int,
+        kernel: int = 9,
+        filters: Sequence[int] = (16, 32),
+        *,
+        normalise: bool = True,
     ) -> None:
         super().__init__()
         length, needed = window, 1
@@ -46,9 +54,11 @@ class Cnn(nn.Module):
                 f"a window of {window} samples is too short for kernel {kernel}; it needs {needed}"
             )
         self.blocks = len(filters)
+        self.normalise = normalise
         for number, (inputs, outputs) in enumerate(pairwise((channels, *filters)), start=1):
             self.add_module(f"conv{number}", Conv(inputs, outputs, kernel))
-            self.add_module(f"norm{number}", BatchNorm(outputs))
+            if normalise:
+                self.add_module(f"norm{number}", BatchNorm(outputs))
             self.add_module(f"pool{number}", MaxPool(2))
         self.num_features = filters[-1] * length
 
@@ -64,6 +74,8 @@ class Cnn(nn.Module):
             (B, num_features).
         """
         for number in range(1, self.blocks + 1):
-            conv, norm, pool = (getattr(self, f"{part}{number}") for part in ("conv", "norm", "pool"))
-            x = torch.relu(pool(norm(conv(x), weight)))
+            x = self.get_submodule(f"conv{number}")(x)
+            if self.normalise:
+                x = self.get_submodule(f"norm{number}")(x, weight)
+            x = torch.relu(self.get_submodule(f"pool{number}")(x))
         return x.flatten(1)

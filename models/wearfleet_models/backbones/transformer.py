@@ -27,6 +27,17 @@ _STRICT_REACH = 12
 class Transformer(nn.Module):
     """(B, C, T) -> features (B, C * width).
 
+    Args:
+        channels: C.
+        window: T, samples.
+        width: W of a token.
+        heads: that share the width.
+        layers: encoder layers.
+        feedforward: width of the feed-forward blocks.
+        dropout: share of dropped activations.
+        strict: with the faults of the original.
+        first_salt: of the dropout masks; two are used a layer.
+
     Raises:
         ConfigError: ``width`` is not divisible by ``heads``.
     """
@@ -42,6 +53,7 @@ class Transformer(nn.Module):
         feedforward: int = 2048,
         dropout: float = 0.2,
         strict: bool = False,
+        first_salt: int = 0,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -52,7 +64,9 @@ class Transformer(nn.Module):
         self.channel_embedding = None if strict else nn.Parameter(0.02 * torch.randn(channels, width))
         scale, reach = (math.sqrt(channels), _STRICT_REACH) if strict else (math.sqrt(width // heads), None)
         self.layers = nn.ModuleList(
-            _EncoderLayer(width, heads, feedforward, dropout, salt=2 * index, scale=scale, reach=reach)
+            _EncoderLayer(
+                width, heads, feedforward, dropout, salt=first_salt + 2 * index, scale=scale, reach=reach
+            )
             for index in range(layers)
         )
         self.num_features = channels * width
