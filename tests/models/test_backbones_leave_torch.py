@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from oracles.plan_runner import open_graph, run_step
 from wearfleet_cloud.export.parity import parity_report, require_parity
 from wearfleet_cloud.export.scored_classifier import fit_ood, scored_classifier
 from wearfleet_cloud.export.to_onnx import ReleaseInfo, export_bytes
@@ -72,6 +73,32 @@ def test_a_training_plan_has_standard_operators_only(name: str) -> None:
     plan, graphs = build_plan(create_strategy("fedavg", {}), model(name), CONTRACT, plan_id="p")
     assert plan.phases[1].name == "train"
     assert all(operators_of(data) for data in graphs.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SPECS.keys() - WITHOUT_PLAN))
+def test_a_training_step_of_the_plan_is_that_of_torch(name: str) -> None:
+    network = model(name).train()
+    strategy = create_strategy("fedavg", {"batch_size": 16, "learning_rate": 0.05})
+    plan, graphs = build_plan(strategy, network, CONTRACT, plan_id="p")
+    phase = next(phase for phase in plan.phases if phase.name == "train")
+    generator = np.random.default_rng(1)
+    x, y = generator.normal(size=(16, 3, 64)).astype(np.float32), np.arange(16) % 3
+    weight, key = (np.arange(16) < 13).astype(np.float32), np.asarray(5, np.int64)
+    before = {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
+    batch = {"x": x, "y": y, "weight": weight, "rng": key}
+    changed, _ = run_step(open_graph(graphs[phase.graph]), phase, before, batch)
+    optimiser = torch.optim.SGD(network.parameters(), 0.05)
+    given = [torch.from_numpy(array) for array in (x, weight, key)]
+    each = torch.nn.functional.cross_entropy(network(*given), torch.from_numpy(y), reduction="none")
+    ((each * given[1]).sum() / given[1].sum()).backward()
+    optimiser.step()
+    after = network.state_dict()
+    assert changed.keys() <= after.keys()
+    for tensor in changed:
+        # one step of size 0.05 from float32 sums of at most 10^4 terms of order 1: eps x sqrt(10^4) x 0.05 = 6e-7
+        np.testing.assert_allclose(changed[tensor], after[tensor].numpy(), rtol=1e-5, atol=2e-6)
+    assert {n for n, p in network.named_parameters() if bool((p.grad != 0).any())} <= changed.keys()
 
 
 @pytest.mark.parametrize("backbone", sorted(WITHOUT_PLAN))

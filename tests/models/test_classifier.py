@@ -125,14 +125,23 @@ def test_windows_of_weight_zero_do_not_change_the_others(spec: ModelSpec) -> Non
     torch.testing.assert_close(padded[:3], short, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("spec", _specs(), ids=_id)
-def test_stacked_gradients_equal_those_of_single_models(spec: ModelSpec) -> None:
+def test_stacked_gradients_and_statistics_equal_those_of_single_models(
+    spec: ModelSpec, weighted: bool
+) -> None:
     models = [build_classifier(spec, seed).double().train() for seed in (0, 1)]
-    x = torch.randn(2, 5, 6, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 5, 6, 64, generator=generator, dtype=torch.float64)
+    weight = torch.rand(2, 5, generator=generator, dtype=torch.float64) if weighted else torch.ones(2, 0)
     keys = torch.tensor([7, 8])
 
-    def loss(params: dict, buffers: dict, x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return functional_call(models[0], {**params, **buffers}, (x, None, key)).square().mean()
+    def loss(
+        params: dict, buffers: dict, x: torch.Tensor, weight: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, dict]:
+        tensors = {**params, **buffers}
+        logits = functional_call(models[0], tensors, (x, weight if weighted else None, key))
+        return logits.square().mean(), {name: tensors[name] for name in buffers}
 
     params = [{n: p.detach() for n, p in model.named_parameters()} for model in models]
     buffers = [dict(model.named_buffers()) for model in models]
@@ -140,10 +149,10 @@ def test_stacked_gradients_equal_those_of_single_models(spec: ModelSpec) -> None
     def stack(parts: list[dict]) -> dict:
         return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
-    stacked = vmap(grad(loss))(stack(params), stack(buffers), x, keys)
+    both = vmap(grad(loss, has_aux=True))(stack(params), stack(buffers), x, weight, keys)
     for run in range(2):
-        single = grad(loss)(params[run], buffers[run], x[run], keys[run])
-        mine = {name: tensor[run] for name, tensor in stacked.items()}
+        single = grad(loss, has_aux=True)(params[run], buffers[run], x[run], weight[run], keys[run])
+        mine = tuple({name: tensor[run] for name, tensor in part.items()} for part in both)
         # float64 sums of at most 10^4 terms of order 1 in another order: far below 1e-9
         torch.testing.assert_close(mine, single, rtol=1e-9, atol=1e-12)
 
