@@ -124,6 +124,6 @@ def advance(
         drawn = data.batch(draws.at(step))
         state, metrics = algorithm.step_at(step, in_a_pass)(state, drawn, hyper, keys[step % BLOCK])
         sums = {**sums, **{name: sums.get(name, 0.0) + value for name, value in metrics.items()}}
-        times.update(metrics)
+        times.update(metrics.keys())  # of a mapping it would add the values
         on_step(step + 1)
     return state, {name: value / times[name] for name, value in sums.items()}

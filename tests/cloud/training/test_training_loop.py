@@ -84,6 +84,15 @@ def test_a_run_in_pieces_is_the_same_run() -> None:
     torch.testing.assert_close(tuple(state), tuple(whole), rtol=0.0, atol=0.0)
 
 
+def test_metrics_are_means_over_the_steps() -> None:
+    state, losses = None, []
+    for number in range(4):
+        state, metrics = _advance(range(number, number + 1), state)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] != pytest.approx(losses[1])
+    assert float(_advance(range(4))[1]["loss"]) == pytest.approx(sum(losses) / 4.0)
+
+
 def test_another_key_is_another_run() -> None:
     first, second = _advance(range(3))[0], _advance(range(3), seed=2)[0]
     assert not torch.equal(first.params["head.weight"], second.params["head.weight"])
