@@ -1,6 +1,7 @@
 """Algorithms for models that survive new people, positions, devices and days; one paper a file."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Final
 
 from wearfleet_models import Classifier, ModelSpec
@@ -20,6 +21,7 @@ from wearfleet_cloud.algorithms.mmd import Mmd
 from wearfleet_cloud.algorithms.rsc import Rsc
 from wearfleet_cloud.algorithms.vrex import VREx
 from wearfleet_cloud.training.optimisers import Optimiser
+from wearfleet_cloud.user_file import is_user_file, variable_of
 
 __all__ = [
     "ALGORITHMS",
@@ -28,6 +30,7 @@ __all__ = [
     "Batch",
     "State",
     "algorithm_info",
+    "algorithm_kind",
     "build_algorithm",
     "network_of",
 ]
@@ -49,15 +52,32 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
 }
 
 
-def algorithm_info(name: str) -> AlgorithmInfo:
-    """Metadata of an algorithm.
+def algorithm_kind(name: str) -> type[Algorithm]:
+    """A registered algorithm, or the ``ALGORITHM`` of a Python file of the user's (docs/howto/own-algorithm.md).
+
+    Args:
+        name: a key of :data:`ALGORITHMS`, or a path that ends in ``.py``; the file is executed.
 
     Raises:
-        ConfigError: unknown name; lists the known ones.
+        ConfigError: unknown name (lists the known ones), no such file, or a file without an ``ALGORITHM``.
     """
-    if name not in ALGORITHMS:
-        raise ConfigError(f"unknown algorithm {name!r}; known: {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[name].info
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    if not is_user_file(name):
+        raise ConfigError(
+            f"unknown algorithm {name!r}; known: {', '.join(ALGORITHMS)}, or the path of a .py file"
+        )
+    kind = variable_of(Path(name), "ALGORITHM")
+    if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
+        raise ConfigError(
+            f"{name}: expected a variable ALGORITHM that holds a class of Algorithm, got {kind!r}"
+        )
+    return kind
+
+
+def algorithm_info(name: str) -> AlgorithmInfo:
+    """Metadata of an algorithm; arguments and errors as for :func:`algorithm_kind`."""
+    return algorithm_kind(name).info
 
 
 def network_of(
@@ -66,7 +86,7 @@ def network_of(
     """The network that an algorithm trains, from the one that was asked for.
 
     Args:
-        name: a key of ``ALGORITHMS``.
+        name: as for :func:`algorithm_kind`.
         spec: backbone and sizes.
         domains: number of source domains.
         options: choices named in the algorithm's metadata.
@@ -75,7 +95,7 @@ def network_of(
         ConfigError: unknown algorithm or option, or a backbone that the algorithm cannot use.
     """
     options = _checked(name, options)
-    return ALGORITHMS[name].network(spec, domains, options)
+    return algorithm_kind(name).network(spec, domains, options)
 
 
 def build_algorithm(
@@ -89,7 +109,7 @@ def build_algorithm(
     """Bind an algorithm to a network, which is put into training mode, and an optimiser.
 
     Args:
-        name: a key of ``ALGORITHMS``.
+        name: as for :func:`algorithm_kind`.
         model: the network; its tensors become the initial state.
         optimiser: makes the updates.
         options: choices named in the algorithm's metadata.
@@ -99,7 +119,7 @@ def build_algorithm(
         ConfigError: unknown algorithm or option.
     """
     options = _checked(name, options)
-    kind: Callable[..., Algorithm] = ALGORITHMS[name]
+    kind: Callable[..., Algorithm] = algorithm_kind(name)
     return kind(model.train(), optimiser, domains, **options)
 
 
