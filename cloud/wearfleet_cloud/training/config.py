@@ -6,7 +6,7 @@ from typing import Literal
 
 from wearfleet_protos.errors import ConfigError
 
-from wearfleet_cloud.training.optimisers import Adam, Optimiser, Sgd
+from wearfleet_cloud.training.optimisers import Adam, Lars, Optimiser, Sgd
 from wearfleet_cloud.training.selection import RULES, SOURCE_VALIDATION
 
 __all__ = ["TrainConfig"]
@@ -20,9 +20,9 @@ class TrainConfig:
         steps: number of updates.
         batch: windows a source domain in one step, drawn with replacement.
         lr: learning rate.
-        optimiser: "adam" or "sgd".
+        optimiser: "adam", "sgd" or "lars".
         betas: of Adam.
-        momentum: of SGD.
+        momentum: of SGD and LARS.
         weight_decay: coupled, added to the gradient.
         seed: of the initial weights and of every random number of the run.
         evaluate_every: steps between evaluations, which are also the checkpoints.
@@ -39,7 +39,7 @@ class TrainConfig:
     steps: int = 3000
     batch: int = 32
     lr: float = 1e-3
-    optimiser: Literal["adam", "sgd"] = "adam"
+    optimiser: Literal["adam", "sgd", "lars"] = "adam"
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -73,4 +73,6 @@ class TrainConfig:
             return Adam(betas=self.betas, weight_decay=self.weight_decay)
         if self.optimiser == "sgd":
             return Sgd(momentum=self.momentum, weight_decay=self.weight_decay)
-        raise ConfigError(f"unknown optimiser {self.optimiser!r}; known: adam, sgd")
+        if self.optimiser == "lars":
+            return Lars(momentum=self.momentum, weight_decay=self.weight_decay)
+        raise ConfigError(f"unknown optimiser {self.optimiser!r}; known: adam, sgd, lars")

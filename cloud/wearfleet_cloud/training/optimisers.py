@@ -1,8 +1,8 @@
 """Optimisers as pure functions of named tensors.
 
 ``update(params, grads, slots, lr)`` returns new parameters and new slots and changes nothing, so it can be
-stacked with ``torch.func.vmap`` and traced into a graph. All parameters are handled as one flat vector: a
-dozen operations in place of a dozen for every tensor. The numbers are those of ``torch.optim`` (compared in
+stacked with ``torch.func.vmap`` and traced into a graph. SGD and Adam handle all parameters as one flat vector:
+a dozen operations in place of a dozen for every tensor. Their numbers are those of ``torch.optim`` (compared in
 the tests).
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from wearfleet_protos.errors import ConfigError
 
-__all__ = ["OPTIMISERS", "Adam", "Optimiser", "Sgd"]
+__all__ = ["OPTIMISERS", "Adam", "Lars", "Optimiser", "Sgd"]
 
 Tensors = dict[str, Tensor]
 
@@ -141,7 +141,55 @@ class Adam:
         return _unflatten(p, params), {**moments, "adam_step": step}
 
 
-OPTIMISERS: Final = {"adam": Adam, "sgd": Sgd}
+@dataclass(frozen=True, slots=True)
+class Lars:
+    """SGD whose gradient is rescaled, tensor by tensor, to a fixed share of the norm of the parameters.
+
+    g' = q (g + weight_decay p), q = trust |p| / |g + weight_decay p| (1 where a norm is 0);  m = momentum m + g';
+    p = p - lr m.   Tensors of less than two dimensions have g' = g.   Slots: "momentum/<param>".
+
+    Source: You et al. 2017, arXiv:1708.03888, algorithm 1.
+    Differs: q takes the norm of gradient and decay together, and vectors are left out (as ERM++, specs/ood.md 2.16).
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    trust: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_range("momentum", self.momentum)
+        _check_decay(self.weight_decay)
+        if self.trust <= 0:
+            raise ConfigError(f"trust of LARS must be above 0, got {self.trust}")
+
+    def init(self, params: Mapping[str, Tensor]) -> Tensors:
+        """Zero momentum for every parameter."""
+        return {f"momentum/{name}": torch.zeros_like(p) for name, p in params.items()}
+
+    def update(
+        self,
+        params: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        slots: Mapping[str, Tensor],
+        lr: Tensor,
+    ) -> tuple[Tensors, Tensors]:
+        """As ``Optimiser.update``."""
+        m = {n: self.momentum * slots[f"momentum/{n}"] + self._scaled(p, grads[n]) for n, p in params.items()}
+        return {n: p - lr * m[n] for n, p in params.items()}, {f"momentum/{n}": step for n, step in m.items()}
+
+    def _scaled(self, p: Tensor, g: Tensor) -> Tensor:
+        if p.dim() < 2:
+            return g
+        g = g + self.weight_decay * p
+        size, slope = torch.linalg.vector_norm(p), torch.linalg.vector_norm(g)
+        measured = (size > 0.0) & (slope > 0.0)
+        return g * torch.where(measured, self.trust * size / slope.clamp(min=1e-30), 1.0)
+
+
+OPTIMISERS: Final = {"adam": Adam, "sgd": Sgd, "lars": Lars}
 
 
 def _flatten(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], prefix: str = "") -> Tensor:
