@@ -19,6 +19,7 @@ from wearfleet_cloud.algorithms.mixup import Mixup
 from wearfleet_cloud.algorithms.mldg import Mldg
 from wearfleet_cloud.algorithms.mmd import Mmd
 from wearfleet_cloud.algorithms.rsc import Rsc
+from wearfleet_cloud.algorithms.sdmix import SDMix
 from wearfleet_cloud.algorithms.vrex import VREx
 from wearfleet_cloud.training.optimisers import Optimiser
 from wearfleet_cloud.user_file import is_user_file, variable_of
@@ -49,6 +50,7 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "mmd": Mmd,
     "vrex": VREx,
     "group-dro": GroupDRO,
+    "sdmix": SDMix,
 }
 
 
