@@ -70,6 +70,13 @@ def test_the_processor_path_is_the_reference():
     check(mmd_direct, *make(3, 17, 5), torch.device("cpu"))
 
 
+def test_a_window_is_at_no_distance_from_itself():
+    """Far from the mean, rounding of a Gram matrix would leave a distance that the narrow kernels see."""
+    apart = torch.tensor([[[3e3]], [[-3e3]], [[1e4]]]) + torch.tensor([0.1, 0.7, 0.3])
+    found = mmd_direct(apart, torch.tensor(FIXED_GAMMAS)).item()
+    assert found == pytest.approx(2.0 * len(FIXED_GAMMAS), abs=14 * 9 * EPS32)  # 9 blocks of sums up to 14
+
+
 def test_without_weights(device):
     check(kernel.mmd_triton, *make(3, 17, 5, weighted=False), device)
 
@@ -166,6 +173,14 @@ def test_the_median_heuristic_fits_any_scale():
     squares = torch.pdist(flat).square()
     assert one[2].item() == pytest.approx(1.0 / squares.median().item(), rel=0.05)
     assert median_gammas(torch.zeros(2, 3, 4)).isfinite().all()
+
+
+def test_padding_has_no_say_in_the_median():
+    features, _ = make(3, 17, 5)
+    padded = torch.cat([features, torch.full((3, 2, 5), 1e3)], dim=1)
+    weight = torch.cat([torch.ones(3, 17), torch.zeros(3, 2)], dim=1)
+    torch.testing.assert_close(median_gammas(padded, weight), median_gammas(features), rtol=1e-6, atol=0)
+    assert median_gammas(padded, torch.zeros_like(weight)).isfinite().all()
 
 
 @pytest.mark.parametrize(

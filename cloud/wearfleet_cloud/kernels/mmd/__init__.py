@@ -53,7 +53,7 @@ def mmd(features: Tensor, gammas: Tensor, weight: Tensor | None = None) -> Tenso
     return mmd_direct(features, gammas, weight)
 
 
-def median_gammas(features: Tensor) -> Tensor:
+def median_gammas(features: Tensor, weight: Tensor | None = None) -> Tensor:
     """Bandwidths that fit the features: 1/4 to 4 over the median squared distance, a constant of the step.
 
     The median is over the pairs of at most 512 windows, evenly spaced. Differs from the published code, which uses
@@ -61,6 +61,7 @@ def median_gammas(features: Tensor) -> Tensor:
 
     Args:
         features: (D, B, F).
+        weight: (D, B) of every window, 0 for padding, None for ones.
 
     Returns:
         (5,) in the features' dtype, on their device.
@@ -72,6 +73,9 @@ def median_gammas(features: Tensor) -> Tensor:
     sample = flat[::step].float()
     squares = torch.cdist(sample, sample).square()
     apart = ~torch.eye(len(sample), dtype=torch.bool, device=flat.device)
+    if weight is not None:
+        present = weight.flatten()[::step] > 0.0
+        apart = apart & present & present[:, None]
     scale = (
         torch.where(apart, squares, squares.new_full((), torch.nan))
         .nanmedian()

@@ -11,14 +11,16 @@ __all__ = ["mmd_direct", "pair_signs"]
 def mmd_direct(features: Tensor, gammas: Tensor, weight: Tensor | None = None) -> Tensor:
     """Equal to ``mmd_reference``: D^2 blocks of kernels from one product of matrices instead of 3 D (D - 1) / 2.
 
-    Distances are taken from features around their common mean, so that the product's rounding does not grow with it.
+    Distances are taken from features around their common mean, so that the product's rounding does not grow with it;
+    that of a window to itself is 0, not what rounding leaves of it.
     """
     domains, windows, _ = features.shape
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     flat = features.flatten(0, 1)
     flat = flat - flat.detach().mean(dim=0)
     norms = flat.square().sum(dim=1)
-    squares = (norms[:, None] + norms[None] - 2.0 * flat @ flat.T).clamp(min=1e-30)
+    itself = torch.eye(domains * windows, dtype=torch.bool, device=flat.device)
+    squares = (norms[:, None] + norms[None] - 2.0 * flat @ flat.T).masked_fill(itself, 0.0).clamp(min=1e-30)
     gammas = gammas.to(features.dtype)
     values = torch.exp(-gammas[0] * squares)
     for gamma in gammas[1:]:
