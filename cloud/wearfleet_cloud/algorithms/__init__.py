@@ -12,6 +12,7 @@ from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, Sta
 from wearfleet_cloud.algorithms.coral import Coral
 from wearfleet_cloud.algorithms.dann import Dann
 from wearfleet_cloud.algorithms.erm import Erm
+from wearfleet_cloud.algorithms.erm_plus_plus import ErmPlusPlus
 from wearfleet_cloud.algorithms.fish import Fish
 from wearfleet_cloud.algorithms.fixed import Fix, Fixed
 from wearfleet_cloud.algorithms.group_dro import GroupDRO
@@ -51,6 +52,7 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "vrex": VREx,
     "group-dro": GroupDRO,
     "sdmix": SDMix,
+    "erm-plus-plus": ErmPlusPlus,
 }
 
 
