@@ -55,6 +55,20 @@ def write_pamap2(root: Path, subjects: Mapping[int, np.ndarray]) -> None:
     (folder / "pamap2+physical+activity+monitoring.zip").write_bytes(zipped(outer))
 
 
+def write_dsads(root: Path, subjects: range, segments: int) -> None:
+    """The archive as UCI offers it, every segment alike: 125 rows of 45 columns."""
+    text = ("\n".join([",".join(["1.5"] * 45)] * 125) + "\n").encode()
+    names = (
+        f"data/a{activity:02d}/p{subject}/s{segment:02d}.txt"
+        for activity in range(1, 20)
+        for subject in subjects
+        for segment in range(1, segments + 1)
+    )
+    folder = root / "dsads"
+    folder.mkdir(parents=True)
+    (folder / "daily+and+sports+activities.zip").write_bytes(zipped(dict.fromkeys(names, text)))
+
+
 def write_usc_had(root: Path, subjects: Mapping[int, Mapping[int, np.ndarray]]) -> None:
     """Activity -> (T, 6) readings in g and degrees a second, one trial each."""
     for subject, activities in subjects.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Final
 
 from wearfleet_protos.errors import ConfigError
 
 from wearfleet_cloud.data.dataset import Dataset
+from wearfleet_cloud.data.ddlearn import DSADS_DDLEARN, PAMAP2_DDLEARN, USC_HAD_DDLEARN
 from wearfleet_cloud.data.dsads import DSADS
 from wearfleet_cloud.data.emg import EMG
 from wearfleet_cloud.data.hapt import HAPT
@@ -20,20 +20,24 @@ from wearfleet_cloud.data.uci_har import UCI_HAR
 from wearfleet_cloud.data.usc_had import USC_HAD
 from wearfleet_cloud.data.wesad import WESAD
 from wearfleet_cloud.data.wisdm import WISDM
+from wearfleet_cloud.user_file import is_user_file, variable_of
 
 __all__ = ["DATASETS", "dataset_named"]
 
 DATASETS: Final = {
     "dsads": DSADS,
+    "dsads-ddlearn": DSADS_DDLEARN,
     "emg": EMG,
     "hapt": HAPT,
     "har-common": HAR_COMMON,
     "har-common-strict": HAR_COMMON_STRICT,
     "mhealth": MHEALTH,
     "pamap2": PAMAP2,
+    "pamap2-ddlearn": PAMAP2_DDLEARN,
     "simulator": SIMULATOR,
     "uci-har": UCI_HAR,
     "usc-had": USC_HAD,
+    "usc-had-ddlearn": USC_HAD_DDLEARN,
     "wesad": WESAD,
     "wisdm-51": WISDM,
 }
@@ -50,21 +54,13 @@ def dataset_named(name: str) -> Dataset:
     """
     if name in DATASETS:
         return DATASETS[name]
-    path = Path(name)
-    if path.suffix != ".py":
+    if not is_user_file(name):
         raise ConfigError(
             f"unknown data set {name!r}; known: {', '.join(DATASETS)}, or the path of a .py file"
         )
-    spec = importlib.util.spec_from_file_location(
-        f"wearfleet_user_dataset_{path.stem.replace('-', '_')}", path
-    )
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"data set file {path} does not exist")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    dataset = getattr(module, "DATASET", None)
+    dataset = variable_of(Path(name), "DATASET")
     if not isinstance(dataset, Dataset):
         raise ConfigError(
-            f"{path}: expected a variable DATASET that holds a Dataset, got {type(dataset).__name__}"
+            f"{name}: expected a variable DATASET that holds a Dataset, got {type(dataset).__name__}"
         )
     return dataset

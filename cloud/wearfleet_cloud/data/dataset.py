@@ -98,6 +98,8 @@ class Dataset:
         group_size: where ``domain_groups`` is empty: so many consecutive subjects form a domain.
         time_domains: parts into which cross-time cuts everybody's time, at least 2.
         members: names of the data sets it was joined from; subjects are then ``<member>/<subject>``.
+        target_part: share of a target domain that is tested on, drawn class by class with the scenario's seed; below
+            1 only where a protocol demands it.
         views: the same measurements cut for another scenario, by the name of the scenario, such as one
             recording a body position where a recording here holds all of them; each has the same name.
         kernel: length of convolutions that suits its windows (specs/ood.md 1.4).
@@ -108,7 +110,7 @@ class Dataset:
 
     Raises:
         ConfigError: no channels or labels, a label named twice, neither groups nor a group size, fewer than two
-            time domains, or a view with another name or other labels.
+            time domains, a target part outside (0, 1], or a view with another name or other labels.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Dataset:
     group_size: int = 1
     time_domains: int = 4
     members: tuple[str, ...] = ()
+    target_part: float = 1.0
     views: Mapping[str, Dataset] = field(default_factory=dict)
     kernel: int = 9
     download: Download | None = None
@@ -141,6 +144,8 @@ class Dataset:
             raise ConfigError(f"data set {self.name}: group_size must be at least 1, got {self.group_size}")
         if self.time_domains < 2:
             raise ConfigError(f"data set {self.name}: needs at least 2 time domains, got {self.time_domains}")
+        if not 0.0 < self.target_part <= 1.0:
+            raise ConfigError(f"data set {self.name}: target_part must be in (0, 1], got {self.target_part}")
         for scenario, view in self.views.items():
             if (view.name, view.label_names) != (self.name, self.label_names):
                 raise ConfigError(f"data set {self.name}: its view for {scenario} must keep name and labels")

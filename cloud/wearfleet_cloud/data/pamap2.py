@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -69,6 +70,11 @@ class Subject:
     samples: NDArray[np.float64]
     labels: NDArray[np.int16]
 
+    def pieces(self) -> list[slice]:
+        """Stretches in which the time stamps go on by 10 ms."""
+        jumps = (np.flatnonzero(np.abs(np.diff(self.time) * _RATE_HZ - 1.0) >= 0.5) + 1).tolist()
+        return [slice(a, b) for a, b in pairwise([0, *jumps, len(self.time)])]
+
 
 def subjects_of(source: Source, progress: Progress) -> Iterator[Subject]:
     """Every file of the protocol, as measured.
@@ -100,14 +106,13 @@ def _parse(match: re.Match[str], text: bytes) -> Subject:
 
 def _recordings(source: Source, progress: Progress) -> Iterator[Recording]:
     for subject in subjects_of(source, progress):
-        steady = np.concatenate(([True], np.abs(np.diff(subject.time) * _RATE_HZ - 1.0) < 0.5))
         number = 0
-        for begin, end in _between(np.flatnonzero(~steady).tolist(), len(steady)):
-            samples = bridge(subject.samples[begin:end], _MAX_GAP)
+        for piece in subject.pieces():
+            samples = bridge(subject.samples[piece], _MAX_GAP)
             for stretch in stretches(np.all(np.isfinite(samples), axis=1)):
                 yield Recording(
                     samples=samples[stretch].astype(np.float32),
-                    labels=subject.labels[begin:end][stretch],
+                    labels=subject.labels[piece][stretch],
                     rate_hz=_RATE_HZ,
                     channels=_CHANNELS,
                     subject=subject.name,
@@ -116,10 +121,6 @@ def _recordings(source: Source, progress: Progress) -> Iterator[Recording]:
                     session=f"{number:04d}",
                 )
                 number += 1
-
-
-def _between(cuts: list[int], count: int) -> list[tuple[int, int]]:
-    return list(zip([0, *cuts], [*cuts, count], strict=True))
 
 
 def _counts(source: Source, progress: Progress) -> Counts:

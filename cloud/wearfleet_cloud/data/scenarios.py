@@ -6,6 +6,7 @@ shares people with the sources, and where several sensors measure at once also m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from wearfleet_protos.errors import ConfigError, DataError, NotFoundError
 from wearfleet_cloud.data.dataset import Dataset, Progress, silent
 from wearfleet_cloud.data.domains import DIVISIONS, Part, person_groups
 from wearfleet_cloud.data.prepared import Prepared, prepare
-from wearfleet_cloud.data.splits import SPLITS, leakage_check
+from wearfleet_cloud.data.splits import LEAKING_RULES, SPLITS, leakage_check
+from wearfleet_cloud.data.three_way import three_way
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +36,8 @@ __all__ = [
     "possible_scenarios",
     "split_sources",
 ]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -70,7 +74,7 @@ class Scenario:
 class SourceSplit:
     """Training and validation part of each source domain, in the same order.
 
-    ``leaking`` counts training windows that share samples with validation (stratified rule only).
+    ``leaking`` counts training windows that share samples with validation (:data:`LEAKING_RULES` only).
     """
 
     train: tuple[Domain, ...]
@@ -142,7 +146,8 @@ def cross_person(prepared: Prepared, target: int | tuple[str, ...], seed: int = 
         seed: of the splits made of the scenario.
 
     Returns:
-        One source domain a remaining group, without the held-out subjects.
+        One source domain a remaining group, without the held-out subjects. Groups that the data set defines but of
+        whom nobody has windows are left out and not counted; missing people are named in a warning.
 
     Raises:
         DataError: wearers are unknown, or nobody is left to train on.
@@ -150,6 +155,7 @@ def cross_person(prepared: Prepared, target: int | tuple[str, ...], seed: int = 
         NotFoundError: no such subject.
     """
     groups = _divided("cross-person", prepared, person_groups)
+    _warn_of_missing_people(prepared)
     if isinstance(target, int):
         names = [f"persons {'+'.join(group)}" for group in groups]
         held = groups[_number_of(target, names, f"{prepared.dataset.name}, cross-person")]
@@ -193,13 +199,21 @@ def split_sources(scenario: Scenario, rule: str = "block", fraction: float = _FR
 
     Raises:
         ConfigError: unknown rule, or a fraction outside (0, 1).
-        DataError: by-person with domains of one person, or leakage (which only ``stratified`` tolerates and counts).
+        DataError: a domain has too few windows for both parts, by-person with domains of one person, or leakage
+            (which ``LEAKING_RULES`` tolerate and count).
     """
     if rule not in SPLITS:
         raise ConfigError(f"unknown split rule {rule!r}; known: {', '.join(SPLITS)}")
     windows = scenario.prepared.windows
     splits = [SPLITS[rule](windows, domain.index, fraction, scenario.seed) for domain in scenario.sources]
-    if rule != "stratified":
+    for domain, split in zip(scenario.sources, splits, strict=True):
+        if len(split.train) == 0 or len(split.validation) == 0:
+            raise DataError(
+                f"source domain {domain.name}: rule {rule!r} makes {len(split.train)} training and "
+                f"{len(split.validation)} validation windows of {len(domain)}; both are needed: choose another rule or "
+                "a larger group"
+            )
+    if rule not in LEAKING_RULES:
         train = np.concatenate([split.train for split in splits])
         validation = np.concatenate([split.validation for split in splits])
         leakage_check(windows, train, validation, persons_apart=rule == "person")
@@ -251,7 +265,32 @@ def _checked(
 ) -> Scenario:
     own = np.concatenate([domain.index for domain in sources])
     leakage_check(prepared.windows, own, target.index, persons_apart=name in _PERSONS_APART)
-    return Scenario(name, prepared, sources, target, seed)
+    new = np.setdiff1d(target.y, prepared.windows.activity[own])
+    if len(new):
+        _log.warning(
+            "%s: no source has a window of %s; every such window of the target counts as an error",
+            target.name,
+            ", ".join(prepared.dataset.label_names[label] for label in new),
+        )
+    return Scenario(name, prepared, sources, _tested(target, prepared.dataset.target_part, seed), seed)
+
+
+def _tested(target: Domain, part: float, seed: int) -> Domain:
+    """The part of the target that is tested on: the last of a three-way split where it is not all."""
+    if part == 1.0:
+        return target
+    return _part(target, target.index[three_way(target.y, part, seed)[2]])
+
+
+def _warn_of_missing_people(prepared: Prepared) -> None:
+    dataset = prepared.dataset
+    missing = {s for group in dataset.domain_groups for s in group} - set(prepared.windows.subjects())
+    if missing:
+        _log.warning(
+            "%s: no windows of %s; groups are smaller than defined, or gone and not counted",
+            dataset.name,
+            ", ".join(sorted(missing)),
+        )
 
 
 def _persons(prepared: Prepared, subjects: tuple[str, ...]) -> Domain:

@@ -1,12 +1,14 @@
 """Splits into training and validation windows, and the check that nothing leaks between two sets.
 
-Three rules, all seeded:
+The rules, all seeded:
 
 * ``stratified``: at random, class by class. Windows with overlap then share samples with windows of the other side,
   as in the published benchmark (specs/ood.md 1.3 and pitfall P18): strict mode, the number is reported.
 * ``block``: for each person and activity one contiguous block of time; training windows that share a sample with
   it are dropped. The corrected default.
 * ``person``: whole persons.
+* ``ddlearn-100`` to ``ddlearn-20``: three parts at random, class by class, of which the last is not used in a source
+  domain, and so many percent of the training part (specs/ood.md 3.5 and pitfall P26). Leaks as ``stratified`` does.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -21,9 +24,11 @@ from numpy.typing import NDArray
 from wearfleet_protos.errors import ConfigError, DataError
 
 from wearfleet_cloud.data.dataset import UNKNOWN_SUBJECT
+from wearfleet_cloud.data.three_way import subsample, three_way
 from wearfleet_cloud.data.windows import WindowSet
 
 __all__ = [
+    "LEAKING_RULES",
     "SPLITS",
     "Split",
     "block_split",
@@ -32,6 +37,7 @@ __all__ = [
     "sharing_samples",
     "stratified_split",
     "streams_in_time",
+    "three_way_split",
 ]
 
 _log = logging.getLogger(__name__)
@@ -41,7 +47,7 @@ _log = logging.getLogger(__name__)
 class Split:
     """Positions (n,) int64 of the training and validation windows, ascending.
 
-    ``leaking`` counts training windows that share samples with validation ones: above 0 only by the stratified rule.
+    ``leaking`` counts training windows that share samples with validation ones: above 0 only by :data:`LEAKING_RULES`.
     """
 
     train: NDArray[np.int64]
@@ -137,10 +143,36 @@ def stratified_split(windows: WindowSet, index: NDArray[np.int64], fraction: flo
     for label in np.unique(windows.activity[index]):
         of_class = generator.permutation(np.flatnonzero(windows.activity[index] == label))
         held[of_class[: round(len(of_class) * fraction)]] = True
-    leaking = int(sharing_samples(windows, index[~held], index[held]).sum())
+    return _torn_apart(windows, index[~held], index[held])
+
+
+def three_way_split(
+    windows: WindowSet, index: NDArray[np.int64], fraction: float, seed: int, percent: int = 100
+) -> Split:
+    """Training and validation part of a three-way split, whose test part is left out, and a share of the first.
+
+    Args:
+        windows: all windows.
+        index: (n,) positions to split.
+        fraction: share for validation, and for the part that is left out, in (0, 0.5).
+        seed: of the random order.
+        percent: of the training part that is kept, class by class.
+
+    Raises:
+        ConfigError: the fraction is not in (0, 0.5).
+    """
+    _check_fraction(fraction)
+    labels = windows.activity[index]
+    train, validation, _ = three_way(labels, fraction, seed)
+    return _torn_apart(windows, index[train[subsample(labels[train], percent, seed)]], index[validation])
+
+
+def _torn_apart(windows: WindowSet, train: NDArray[np.int64], validation: NDArray[np.int64]) -> Split:
+    """Both parts, with the number of training windows that share samples with validation, which is also logged."""
+    leaking = int(sharing_samples(windows, train, validation).sum())
     if leaking:
-        _log.warning("stratified split: %d training windows share samples with validation", leaking)
-    return Split(index[~held], index[held], leaking)
+        _log.warning("split at random: %d training windows share samples with validation", leaking)
+    return Split(train, validation, leaking)
 
 
 def block_split(windows: WindowSet, index: NDArray[np.int64], fraction: float, seed: int) -> Split:
@@ -191,4 +223,8 @@ SPLITS: Final[Mapping[str, Callable[[WindowSet, NDArray[np.int64], float, int], 
     "block": block_split,
     "person": person_split,
     "stratified": stratified_split,
+    **{f"ddlearn-{percent}": partial(three_way_split, percent=percent) for percent in (100, 80, 60, 40, 20)},
 }
+
+LEAKING_RULES: Final = frozenset(SPLITS) - {"block", "person"}
+"""Rules that tear overlapping windows apart, as published; what they leak is counted."""

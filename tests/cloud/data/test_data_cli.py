@@ -47,7 +47,8 @@ def test_list_names_every_data_set_and_whether_it_is_there(tmp_path: Path) -> No
         "wesad",
         "wisdm-51",
     }
-    assert rows.keys() == DATASETS.keys() == apart | joined
+    ddlearn = {f"{name}-ddlearn" for name in ("dsads", "pamap2", "usc-had")}
+    assert rows.keys() == DATASETS.keys() == apart | joined | ddlearn
     assert [name for name, row in rows.items() if row["found"]] == ["simulator"]
     assert [name for name, row in rows.items() if row["simulated"]] == ["simulator"]
     assert all(name in run("list") for name in DATASETS)

@@ -21,7 +21,7 @@ from wearfleet_cloud.data.scenarios import (
     split_sources,
 )
 from wearfleet_cloud.data.sliced import ChannelGroup, SlicedReader
-from wearfleet_cloud.data.splits import SPLITS, sharing_samples
+from wearfleet_cloud.data.splits import LEAKING_RULES, SPLITS, sharing_samples
 from wearfleet_protos.errors import ConfigError, DataError, NotFoundError
 from wearfleet_protos.recording import Channel, Recording
 
@@ -226,12 +226,15 @@ def test_every_scenario_can_be_split_by_every_rule(whole: Prepared, cache: Path)
             )
             windows = scenario.prepared.windows
             assert not sharing_samples(windows, np.concatenate([train, held]), scenario.target.index).any()
-            assert (split.leaking > 0) == (rule == "stratified")
+            assert (split.leaking > 0) == (rule in LEAKING_RULES)
 
 
 def test_a_description_that_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 2 time domains"):
         dataset(time_domains=1)
+    for part in (0.0, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match=r"target_part must be in \(0, 1\]"):
+            dataset(target_part=part)
     with pytest.raises(ConfigError, match="must keep name and labels"):
         replace(dataset(), name="three")
     with pytest.raises(ConfigError, match="expected 3 columns, got 2"):

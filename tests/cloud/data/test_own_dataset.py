@@ -77,5 +77,5 @@ def test_a_file_without_a_description_is_refused(tmp_path: Path) -> None:
         dataset_named(str(tmp_path / "empty.py"))
     with pytest.raises(ConfigError, match="does not exist"):
         dataset_named(str(tmp_path / "missing.py"))
-    with pytest.raises(ConfigError, match="known: dsads, emg, hapt"):
+    with pytest.raises(ConfigError, match="known: dsads, dsads-ddlearn, emg"):
         dataset_named("hapd")
