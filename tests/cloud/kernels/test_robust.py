@@ -1,6 +1,8 @@
 """Robust aggregation: kernels, slices and processor against float64, and planted errors; the laws are beside this."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,6 +267,23 @@ def test_tensors_of_triton_go_to_its_kernels_in_one_piece(monkeypatch, device):
     check_sum(updates, device)
     check_distances(squared_distances, updates, device)
     check_norms(squared_norms, updates, device)
+
+
+def test_many_slices_take_no_more_memory_than_one(device):
+    """A hundred slices of 4 096 updates: 1 MiB each and 2 MiB in float64, which must make room for each other."""
+    updates = torch.zeros(1, 1).expand(4096, 64 * 100)
+    assert [part.shape[1] for part in robust._slices(updates, updates.device)] == [64] * 100
+    for call in (lambda: weighted_mean(updates, torch.ones(4096)), lambda: coordinate_median(updates)):
+        before = _own_mebibytes()
+        call()
+        assert _own_mebibytes() - before < 32
+
+
+def _own_mebibytes():
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("only Linux tells what a process takes")
+    return int(re.search(r"RssAnon:\s+(\d+)", status.read_text())[1]) / 1024
 
 
 def test_updates_stay_in_a_mapped_file(tmp_path, device):

@@ -275,10 +275,24 @@ def _slices(updates: Tensor, device: torch.device | None) -> Iterator[Tensor]:
 
 
 def _joined(updates: Tensor, part: Callable[[Tensor], Tensor], device: torch.device | None) -> Tensor:
-    """A number for every column: (P,)."""
+    """A number for every column: (P,).
+
+    All of them in one tensor: a tensor for each slice would lie in the gaps that the copies of slices leave behind, so
+    that every next copy would need new memory.
+    """
     dtype = torch.promote_types(updates.dtype, torch.float32)
-    parts = [part(columns).to(updates.device, dtype) for columns in _slices(updates, device)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    slices = _slices(updates, device)
+    numbers = part(next(slices))
+    if len(numbers) == updates.shape[1]:
+        return numbers.to(updates.device, dtype)
+    found = torch.empty(updates.shape[1:], dtype=dtype, device=updates.device)
+    begin = 0
+    for columns in slices:
+        found[begin : begin + len(numbers)] = numbers
+        begin += len(numbers)
+        numbers = part(columns)
+    found[begin:] = numbers
+    return found
 
 
 def _added(updates: Tensor, part: Callable[[Tensor], Tensor], device: torch.device | None) -> Tensor:
