@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure import Ceilings, Clock, in_double, largest_error, measure_ceilings, value_and_gradients
 from operation_cases import Case, Function
 
-_OWN = {"bench_kernels", "kernel_report", "measure", "operation_cases"}
+_OWN = {"bench_kernels", "kernel_report", "measure", "operation_cases", "stream_updates"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
