@@ -1,0 +1,118 @@
+"""Runs that advance together come to what single runs come to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from wearfleet_cloud.data.prepared import Prepared
+from wearfleet_cloud.data.scenarios import cross_person
+from wearfleet_cloud.training.config import TrainConfig
+from wearfleet_cloud.training.model_files import load_model
+from wearfleet_cloud.training.run import Run, plan_run
+from wearfleet_cloud.training.stacked import stack_key, train_stacked
+from wearfleet_cloud.training.trainer import model_spec_for, train
+from wearfleet_protos.errors import ConfigError, ConflictError
+
+# Without Adam: it blows up the rounding of gradients that are zero, those of a bias before a normalisation.
+_CONFIG = TrainConfig(steps=25, batch=8, evaluate_every=10, lr=1e-3, optimiser="sgd")
+
+
+def _runs(data: Prepared, out: Path, algorithm: str = "erm", backbone: str = "cnn") -> list[Run]:
+    """Three runs that differ in target, seed, learning rate and kept rule."""
+    spec = replace(model_spec_for(data.dataset, backbone), feedforward=16)
+    configs = [
+        replace(_CONFIG, seed=1),
+        replace(_CONFIG, seed=2, lr=2e-3),
+        replace(_CONFIG, seed=1, selection="mixup-validation"),
+    ]
+    return [
+        plan_run(cross_person(data, target, config.seed), algorithm, spec, config, out / str(number))
+        for number, (target, config) in enumerate(zip((0, 1, 2), configs, strict=True))
+    ]
+
+
+def _rows(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "backbone"), [("erm", "cnn"), ("mixup", "cnn"), ("coral", "cnn"), ("erm", "transformer")]
+)
+def test_stacked_runs_equal_single_runs(
+    small_people: Prepared, tmp_path: Path, algorithm: str, backbone: str
+) -> None:
+    runs = _runs(small_people, tmp_path / "stacked", algorithm, backbone)
+    together = train_stacked(runs)
+    for run, stacked in zip(runs, together, strict=True):
+        alone = tmp_path / "alone" / run.folder.name
+        single = train(run.scenario, algorithm, run.spec, run.config, alone)
+        for mine, expected in zip(_rows(run.folder), _rows(alone), strict=True):
+            assert mine.keys() == expected.keys()
+            # Sums in another order: about 1e-7 a step. A window near a tie may fall to the other side.
+            assert mine == pytest.approx(expected, rel=1e-4, abs=0.02)
+        assert stacked.summary.keys() == single.summary.keys()
+        for name in ("target", "split_hash", "hyper", "seed", "selection", "train_windows", "model"):
+            assert stacked.summary[name] == single.summary[name], name
+        if stacked.summary["selected_step"] == single.summary["selected_step"]:
+            weights, others = (load_model(folder).state_dict() for folder in (run.folder, alone))
+            torch.testing.assert_close(weights, others, rtol=1e-4, atol=2e-5)
+        assert sorted(p.name for p in run.folder.iterdir() if "checkpoint" not in p.name) == sorted(
+            p.name for p in alone.iterdir() if "checkpoint" not in p.name
+        )
+
+
+class _PowerCutError(Exception):
+    """The process is gone."""
+
+
+def test_an_interrupted_stack_goes_on_bit_by_bit(small_people: Prepared, tmp_path: Path) -> None:
+    def cut(_what: str, done: int, _total: int) -> None:
+        if done == 17:
+            raise _PowerCutError
+
+    whole, broken = _runs(small_people, tmp_path / "whole"), _runs(small_people, tmp_path / "broken")
+    train_stacked(whole)
+    with pytest.raises(_PowerCutError):
+        train_stacked(broken, cut)
+    seen: list[int] = []
+    train_stacked(broken, lambda _what, done, _total: seen.append(done))
+    assert seen[0] == 11
+    for one, other in zip(whole, broken, strict=True):
+        assert _rows(one.folder) == _rows(other.folder)
+        bytes_of = [(run.folder / "model.safetensors").read_bytes() for run in (one, other)]
+        assert bytes_of[0] == bytes_of[1]
+
+
+def test_a_folder_with_another_stack_is_refused(small_people: Prepared, tmp_path: Path) -> None:
+    runs = _runs(small_people, tmp_path)
+    train_stacked(runs)
+    with pytest.raises(ConflictError, match="choose another folder"):
+        train_stacked(runs[:2])
+
+
+def test_what_must_be_equal_is_in_the_key_and_what_may_differ_is_not(
+    small_people: Prepared, tmp_path: Path
+) -> None:
+    runs = _runs(small_people, tmp_path)
+    assert len({stack_key(run) for run in runs}) == 1
+    others = [
+        replace(runs[0], algorithm="coral"),
+        replace(runs[0], config=replace(_CONFIG, batch=4)),
+        replace(runs[0], config=replace(_CONFIG, weight_decay=0.0)),
+        replace(runs[0], spec=replace(runs[0].spec, kernel=5)),
+        plan_run(
+            cross_person(small_people, small_people.subjects[:2]),
+            "erm",
+            runs[0].spec,
+            _CONFIG,
+            tmp_path,
+        ),
+    ]
+    assert len({stack_key(run) for run in [runs[0], *others]}) == 6
+    with pytest.raises(ConfigError, match="2 different ones"):
+        train_stacked([runs[0], others[0]])
