@@ -53,7 +53,7 @@ def gradient_variance(
     return gradient_variance_closed(features, logits, labels, weight)
 
 
-def moving_variance(previous: Tensor, variances: Tensor, decay: float) -> Tensor:
+def moving_variance(previous: Tensor, variances: Tensor, decay: float | Tensor) -> Tensor:
     """One step of the exponential moving average over which Fishr compares domains; the past has no gradient.
 
     The average starts at 0, so that after t steps it holds 1 - decay^t of its final size. The published algorithm
@@ -63,14 +63,14 @@ def moving_variance(previous: Tensor, variances: Tensor, decay: float) -> Tensor
     Args:
         previous: (D, K, F + 1) average of the step before, zeros before the first step.
         variances: (D, K, F + 1) of this step's ``gradient_variance``.
-        decay: of the past, 0 to below 1.
+        decay: of the past, 0 to below 1; a () tensor, which is not read and so not checked, works under ``vmap``.
 
     Returns:
         (D, K, F + 1) decay * previous + (1 - decay) * variances.
 
     Raises:
         ShapeError: the two differ in shape.
-        ConfigError: decay out of its range.
+        ConfigError: a decay that is a number and out of its range.
 
     Source: Rame et al. 2022, arXiv:2109.02934, section 3.3; specs/ood.md 2.14 and pitfall P14.
     """
@@ -78,7 +78,7 @@ def moving_variance(previous: Tensor, variances: Tensor, decay: float) -> Tensor
         raise ShapeError(
             f"previous must be as variances, {tuple(variances.shape)}, got {tuple(previous.shape)}"
         )
-    if not 0.0 <= decay < 1.0:
+    if not isinstance(decay, Tensor) and not 0.0 <= decay < 1.0:
         raise ConfigError(f"decay must be 0 to below 1, got {decay}")
     return decay * previous.detach() + (1.0 - decay) * variances
 
