@@ -14,6 +14,7 @@ from wearfleet_cloud.algorithms.dann import Dann
 from wearfleet_cloud.algorithms.erm import Erm
 from wearfleet_cloud.algorithms.erm_plus_plus import ErmPlusPlus
 from wearfleet_cloud.algorithms.fish import Fish
+from wearfleet_cloud.algorithms.fishr import Fishr
 from wearfleet_cloud.algorithms.fixed import Fix, Fixed
 from wearfleet_cloud.algorithms.group_dro import GroupDRO
 from wearfleet_cloud.algorithms.mixup import Mixup
@@ -53,6 +54,7 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "group-dro": GroupDRO,
     "sdmix": SDMix,
     "erm-plus-plus": ErmPlusPlus,
+    "fishr": Fishr,
 }
 
 
