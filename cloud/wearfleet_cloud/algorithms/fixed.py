@@ -12,7 +12,7 @@ from wearfleet_cloud.algorithms.base import CORRECTED, MODES, Algorithm, Algorit
 from wearfleet_cloud.algorithms.discriminator import Discriminator, adversarial_risk, domain_labels
 from wearfleet_cloud.algorithms.gradients import descend
 from wearfleet_cloud.algorithms.losses import mixed_accuracy, mixed_risk
-from wearfleet_cloud.algorithms.margin_risk import mixed_margin_risk
+from wearfleet_cloud.algorithms.margin_risk import mixed_margin_risks
 from wearfleet_cloud.algorithms.passes import embed, head, pooled
 
 __all__ = ["Fix", "Fixed", "Pairs"]
@@ -71,7 +71,7 @@ class Fix(Algorithm):
     ) -> tuple[State, dict[str, Tensor]]:
         """As ``Algorithm.step``; metrics "loss", "risk", "domain_risk" and "accuracy" (both labels by their share)."""
         x, y, weight = pooled(batch)
-        domain = domain_labels(*batch.y.shape, y.device)
+        domain = domain_labels(batch.y.shape[0], batch.y.shape[1], y.device)
         pairs = _pairs(y, weight, hyper["mixup_alpha"], rng)
 
         def objective(params: Tensors, buffers: Tensors) -> tuple[Tensor, tuple[Tensors, Tensors]]:
@@ -129,16 +129,17 @@ class Fixed(Fix):
 
     def risk(self, logits: Tensor, head_weight: Tensor, pairs: Pairs, hyper: Mapping[str, Tensor]) -> Tensor:
         """As ``Fix.risk``, of distances; may be negative."""
-        return mixed_margin_risk(
-            logits,
+        risks = mixed_margin_risks(
+            logits[None],
             head_weight,
-            torch.stack((pairs.y, pairs.other), dim=1),
-            torch.stack((pairs.share, 1.0 - pairs.share)).expand(len(pairs.y), 2),
+            torch.stack((pairs.y, pairs.other), dim=1)[None],
+            torch.stack((pairs.share, 1.0 - pairs.share)).expand(1, len(pairs.y), 2),
             hyper["gamma"],
             top_k=int(self.top_k),
             mode=self.mode,
-            weight=pairs.weight,
+            weight=None if pairs.weight is None else pairs.weight[None],
         )
+        return risks[0]
 
 
 def _pairs(y: Tensor, weight: Tensor | None, alpha: Tensor, rng: Tensor) -> Pairs:

@@ -20,10 +20,10 @@ from wearfleet_cloud.algorithms.base import (
 )
 from wearfleet_cloud.algorithms.full_pass import over_all_windows
 from wearfleet_cloud.algorithms.gradients import descend
-from wearfleet_cloud.algorithms.losses import mixed_accuracy
-from wearfleet_cloud.algorithms.margin_risk import mixed_margin_risk
+from wearfleet_cloud.algorithms.losses import accuracy
+from wearfleet_cloud.algorithms.margin_risk import mixed_margin_risks
 from wearfleet_cloud.algorithms.mixup import Mixed, mix
-from wearfleet_cloud.algorithms.passes import embed, head
+from wearfleet_cloud.algorithms.passes import embed, features_of_domains
 
 __all__ = ["SDMix", "class_radii", "semantic_shares"]
 
@@ -113,34 +113,25 @@ class SDMix(Algorithm):
         mixed = mix(_turned(batch, circle), _turned(batch, circle.roll(-1)), lam)
         radii = state.extras[_RADIUS][circle]
         first = semantic_shares(lam, radii.gather(1, mixed.y), radii.roll(-1, 0).gather(1, mixed.other))
-        keys = randomness.derive(rng, torch.arange(domains, device=rng.device))
+        shares = torch.stack((first, 1.0 - first), dim=2)
+        labels = torch.stack((mixed.y, mixed.other), dim=2)
+        pairs = Batch(mixed.x, mixed.y, mixed.weight)
 
         def objective(params: Tensors, buffers: Tensors) -> tuple[Tensor, tuple[Tensors, Tensors]]:
-            loss, right = torch.zeros((), device=mixed.x.device), torch.zeros((), device=mixed.x.device)
-            for pair in range(domains):
-                weight = None if mixed.weight is None else mixed.weight[pair]
-                z, buffers = embed(self.model, params, buffers, mixed.x[pair], weight, keys[pair])
-                logits = head(params, z)
-                loss = loss + self._risk(logits, params["head.weight"], mixed, first, pair, hyper["gamma"])
-                y, other = mixed.y[pair], mixed.other[pair]
-                right = right + mixed_accuracy(logits, y, other, mixed.lam[pair], weight)
-            return loss / domains, ({"accuracy": right / domains}, buffers)
+            _, logits, after = features_of_domains(self.model, params, buffers, pairs, rng)
+            risks = mixed_margin_risks(
+                logits,
+                params["head.weight"],
+                labels,
+                shares,
+                hyper["gamma"],
+                top_k=int(self.top_k),
+                mode=self.mode,
+                weight=mixed.weight,
+            )
+            return risks.mean(), ({"accuracy": _accuracy(logits, mixed)}, after)
 
         return descend(objective, state, self.optimiser, hyper["lr"])
-
-    def _risk(
-        self, logits: Tensor, head_weight: Tensor, mixed: Mixed, first: Tensor, pair: int, gamma: Tensor
-    ) -> Tensor:
-        return mixed_margin_risk(
-            logits,
-            head_weight,
-            torch.stack((mixed.y[pair], mixed.other[pair]), dim=1),
-            torch.stack((first[pair], 1.0 - first[pair]), dim=1),
-            gamma,
-            top_k=int(self.top_k),
-            mode=self.mode,
-            weight=None if mixed.weight is None else mixed.weight[pair],
-        )
 
 
 def class_radii(
@@ -205,6 +196,13 @@ def _positions(data: TrainingWindows, rng: Tensor) -> Tensor:
     drawn = randomness.uniform(rng, _ORDER, (data.y.shape[0],))
     ranks = torch.argsort(torch.argsort(drawn.double() + data.domain))  # domain after domain
     return ranks - (data.count.cumsum(0) - data.count)[data.domain]
+
+
+def _accuracy(logits: Tensor, mixed: Mixed) -> Tensor:
+    """Of both labels, by the share of their window: ()."""
+    lam = mixed.lam[:, None].expand(mixed.y.shape)
+    share = torch.stack((lam, 1.0 - lam)) * (1.0 if mixed.weight is None else mixed.weight)
+    return accuracy(logits.expand(2, *logits.shape), torch.stack((mixed.y, mixed.other)), share)
 
 
 def _turned(batch: Batch, order: Tensor) -> Batch:

@@ -7,7 +7,7 @@ import torch
 from algorithm_cases import batch, build, hyper, step
 from torch import Tensor
 from wearfleet_cloud.algorithms import build_algorithm
-from wearfleet_cloud.algorithms.margin_risk import mixed_margin_risk
+from wearfleet_cloud.algorithms.margin_risk import mixed_margin_risks
 from wearfleet_cloud.algorithms.passes import embed, pooled
 from wearfleet_cloud.kernels.margin import large_margin_reference
 from wearfleet_cloud.training.optimisers import Sgd
@@ -67,23 +67,27 @@ def test_margin_risk_and_its_slope_are_those_of_the_definition(gamma: float) -> 
     labels = torch.randint(0, 4, (9, 2), generator=generator)
     shares = torch.rand(9, 2, generator=generator, dtype=torch.float64)
     limit = torch.tensor(gamma, dtype=torch.float64)
-    ours = mixed_margin_risk(z @ weight.T + bias, weight, labels, shares, limit, top_k=2, mode="strict")
+    logits = (z @ weight.T + bias).unflatten(0, (3, 3))
+    domains = labels.unflatten(0, (3, 3)), shares.unflatten(0, (3, 3))
+    ours = mixed_margin_risks(logits, weight, *domains, limit, top_k=2, mode="strict")
     losses = large_margin_reference(z, weight, bias, labels, gamma, 2, "mean", 0.0)
     clipped = (losses == -gamma).sum() + (losses == 3.0 * gamma).sum()
     assert int(clipped) > 0 if gamma < 1.0 else int(clipped) < losses.numel()
-    expected = (losses * shares).sum() / 9
+    expected = (losses * shares).sum(dim=1).reshape(3, 3).mean(dim=1)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
     leaves = (z, weight, bias)
-    slopes = [torch.autograd.grad(value, leaves) for value in (ours, expected)]
+    slopes = [
+        torch.autograd.grad(value @ torch.arange(1.0, 4.0).double(), leaves) for value in (ours, expected)
+    ]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-8, atol=1e-10)
 
 
 def test_strict_mode_explodes_where_the_softmax_is_sure_and_corrected_does_not() -> None:
     """P31: delta / slope grows without bound, in effect unclipped with gamma 1e5."""
-    weight, logits = torch.eye(3, 4), torch.tensor([[14.0, 0.0, 0.0]])
-    labels, shares = torch.tensor([[1, 1]]), torch.tensor([[0.5, 0.5]])
+    weight, logits = torch.eye(3, 4), torch.tensor([[[14.0, 0.0, 0.0]]])
+    labels, shares = torch.tensor([[[1, 1]]]), torch.tensor([[[0.5, 0.5]]])
     risks = {
-        mode: float(mixed_margin_risk(logits, weight, labels, shares, torch.tensor(1e5), top_k=1, mode=mode))
+        mode: float(mixed_margin_risks(logits, weight, labels, shares, torch.tensor(1e5), top_k=1, mode=mode))
         for mode in ("strict", "corrected")
     }
     assert risks["strict"] > 1e4
@@ -92,11 +96,13 @@ def test_strict_mode_explodes_where_the_softmax_is_sure_and_corrected_does_not()
 
 def test_a_window_of_weight_zero_is_absent() -> None:
     generator = torch.Generator().manual_seed(4)
-    logits, weight = torch.randn(6, 4, generator=generator), torch.randn(4, 5, generator=generator)
-    labels, shares = torch.randint(0, 4, (6, 2), generator=generator), torch.rand(6, 2, generator=generator)
-    limit, present = torch.tensor(10.0), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    ours = mixed_margin_risk(logits, weight, labels, shares, limit, top_k=1, mode="strict", weight=present)
-    alone = mixed_margin_risk(logits[:4], weight, labels[:4], shares[:4], limit, top_k=1, mode="strict")
+    logits, weight = torch.randn(2, 6, 4, generator=generator), torch.randn(4, 5, generator=generator)
+    labels = torch.randint(0, 4, (2, 6, 2), generator=generator)
+    shares = torch.rand(2, 6, 2, generator=generator)
+    limit, present = torch.tensor(10.0), torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]] * 2)
+    ours = mixed_margin_risks(logits, weight, labels, shares, limit, top_k=1, mode="strict", weight=present)
+    short = logits[:, :4], weight, labels[:, :4], shares[:, :4]
+    alone = mixed_margin_risks(*short, limit, top_k=1, mode="strict")
     torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
 
 
