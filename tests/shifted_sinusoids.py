@@ -57,8 +57,8 @@ def shifted_sinusoids(
     Args:
         windows: of each class in each domain; a multiple of 10, so that the agreement is exact.
         length: T, samples at 32 Hz.
-        noise: standard deviation of the noise of every channel; the fundamental has amplitude 1. At 2 the frequencies still
-            tell nine of ten classes, but a network learns the spurious channel first.
+        noise: standard deviation of the noise of every channel; the fundamental has amplitude 1. At 2 the frequencies
+            still tell nine of ten classes, but a network learns the spurious channel first.
         seed: of everything random.
     """
     names = (*(f"source {k}" for k in range(len(AGREEMENT) - 1)), "target")
