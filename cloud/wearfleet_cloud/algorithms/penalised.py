@@ -1,7 +1,7 @@
 """Methods of the form risk + weight * penalty, so that others can weigh the two anew (``guided``)."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,6 +44,10 @@ class Penalised(Algorithm):
         """The state a step really starts from."""
         return state
 
+    def trained(self) -> Collection[str] | None:
+        """Names of the parameters that move, None for all."""
+        return None
+
     def step(
         self, state: State, batch: Batch, hyper: Mapping[str, Tensor], rng: Tensor
     ) -> tuple[State, dict[str, Tensor]]:
@@ -56,7 +60,7 @@ class Penalised(Algorithm):
             metrics = {"risk": found.risk, "penalty": found.penalty, **found.metrics}
             return found.risk + weight * found.penalty, (metrics, found.buffers)
 
-        return descend(objective, state, self.optimiser, hyper["lr"])
+        return descend(objective, state, self.optimiser, hyper["lr"], trained=self.trained())
 
 
 def count_step(buffers: Tensors) -> Tensors:
