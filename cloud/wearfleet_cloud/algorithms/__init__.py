@@ -17,6 +17,7 @@ from wearfleet_cloud.algorithms.fish import Fish
 from wearfleet_cloud.algorithms.fishr import Fishr
 from wearfleet_cloud.algorithms.fixed import Fix, Fixed
 from wearfleet_cloud.algorithms.group_dro import GroupDRO
+from wearfleet_cloud.algorithms.lag import Lag
 from wearfleet_cloud.algorithms.mixup import Mixup
 from wearfleet_cloud.algorithms.mldg import Mldg
 from wearfleet_cloud.algorithms.mmd import Mmd
@@ -55,6 +56,7 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "sdmix": SDMix,
     "erm-plus-plus": ErmPlusPlus,
     "fishr": Fishr,
+    "lag": Lag,
 }
 
 
