@@ -131,6 +131,8 @@ def test_preparing_is_fast_and_loading_again_takes_under_two_seconds(name: str, 
         ("dsads", 3_040, 4),
         ("emg", 11_553, 4),
         ("wisdm-51", 15_114, 3),
+        ("dsads-ddlearn", 5_928, 4),
+        ("usc-had-ddlearn", 10_139, 5),
     ],
 )
 def test_every_labelled_window_is_in_one_person_group(
