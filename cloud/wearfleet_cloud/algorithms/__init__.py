@@ -23,6 +23,7 @@ from wearfleet_cloud.algorithms.mldg import Mldg
 from wearfleet_cloud.algorithms.mmd import Mmd
 from wearfleet_cloud.algorithms.rsc import Rsc
 from wearfleet_cloud.algorithms.sdmix import SDMix
+from wearfleet_cloud.algorithms.urm import Urm
 from wearfleet_cloud.algorithms.vrex import VREx
 from wearfleet_cloud.training.optimisers import Optimiser
 from wearfleet_cloud.user_file import is_user_file, variable_of
@@ -56,6 +57,7 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "sdmix": SDMix,
     "erm-plus-plus": ErmPlusPlus,
     "fishr": Fishr,
+    "urm": Urm,
     "lag": Lag,
 }
 
