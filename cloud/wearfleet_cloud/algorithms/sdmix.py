@@ -6,6 +6,7 @@ from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from wearfleet_models import randomness
 
 from wearfleet_cloud.algorithms.base import (
@@ -107,9 +108,8 @@ class SDMix(Algorithm):
         """As ``Algorithm.step``; metrics "loss" and "accuracy" (both labels by their share)."""
         domains = batch.y.shape[0]
         circle = randomness.permutation(rng, _CIRCLE, domains)
-        lam = torch.stack(
-            [randomness.beta(rng, _SHARE + pair, hyper["mixup_alpha"]) for pair in range(domains)]
-        )
+        keys = randomness.derive(rng, torch.arange(domains, device=rng.device))
+        lam = vmap(lambda key: randomness.beta(key, _SHARE, hyper["mixup_alpha"]))(keys)
         mixed = mix(_turned(batch, circle), _turned(batch, circle.roll(-1)), lam)
         radii = state.extras[_RADIUS][circle]
         first = semantic_shares(lam, radii.gather(1, mixed.y), radii.roll(-1, 0).gather(1, mixed.other))

@@ -103,7 +103,7 @@ def test_the_loss_is_the_published_sum_over_pairs_of_domains(mode: str) -> None:
     weight, bias = state.params["head.weight"].double(), state.params["head.bias"].double()
     for pair in range(DOMAINS):
         a, b = circle[pair], circle[(pair + 1) % DOMAINS]
-        lam = randomness.beta(key, 1_001 + pair, torch.tensor(1.0))
+        lam = randomness.beta(randomness.derive(key, pair), 1_001, torch.tensor(1.0))
         x = lam * given.x[a] + (1.0 - lam) * given.x[b]
         z, buffers = embed(algorithm.model, state.params, buffers, x, None, key)
         labels, floor = torch.stack([given.y[a], given.y[b]], 1), 1e-3 if mode == "corrected" else 0.0
