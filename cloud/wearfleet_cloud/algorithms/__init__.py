@@ -11,12 +11,15 @@ from wearfleet_cloud.algorithms.and_mask import AndMask
 from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, State
 from wearfleet_cloud.algorithms.coral import Coral
 from wearfleet_cloud.algorithms.dann import Dann
+from wearfleet_cloud.algorithms.difex import Difex
+from wearfleet_cloud.algorithms.diversify import Diversify
 from wearfleet_cloud.algorithms.erm import Erm
 from wearfleet_cloud.algorithms.erm_plus_plus import ErmPlusPlus
 from wearfleet_cloud.algorithms.fish import Fish
 from wearfleet_cloud.algorithms.fishr import Fishr
 from wearfleet_cloud.algorithms.fixed import Fix, Fixed
 from wearfleet_cloud.algorithms.group_dro import GroupDRO
+from wearfleet_cloud.algorithms.guided import Guided
 from wearfleet_cloud.algorithms.lag import Lag
 from wearfleet_cloud.algorithms.mixup import Mixup
 from wearfleet_cloud.algorithms.mldg import Mldg
@@ -59,6 +62,9 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "fishr": Fishr,
     "urm": Urm,
     "lag": Lag,
+    "guided": Guided,
+    "difex": Difex,
+    "diversify": Diversify,
 }
 
 
