@@ -160,23 +160,17 @@ def _scenario(
     from wearfleet_cloud.data import dataset_named
     from wearfleet_cloud.data.prepared import default_cache_dir
     from wearfleet_cloud.data.scenarios import open_scenario
+    from wearfleet_cloud.training.settings import held_out
 
     return open_scenario(
         dataset_named(dataset),
         kind,
-        _held_out(target),
+        held_out(target),
         seed=seed,
         data_root=data_root,
         cache_dir=cache_dir or default_cache_dir(),
         progress=progress,
     )
-
-
-def _held_out(target: str) -> int | tuple[str, ...]:
-    """``2`` is the number of a domain; ``02``, ``2,``, ``2,5`` and ``torso`` are names."""
-    if target.isdigit() and str(int(target)) == target:
-        return int(target)
-    return tuple(name for name in target.split(",") if name)
 
 
 @contextmanager

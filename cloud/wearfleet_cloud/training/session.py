@@ -16,7 +16,7 @@ from wearfleet_cloud.training.checkpoint import Checkpoint, load_checkpoint, sav
 from wearfleet_cloud.training.run import Run
 from wearfleet_cloud.training.selection import Scores, select_all
 
-__all__ = ["Runner", "Session"]
+__all__ = ["CHECKPOINT_FILE", "Runner", "Session"]
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"
@@ -48,14 +48,16 @@ class Session:
         runner: that advances them.
         runs: all of the same number of steps and evaluations.
         fingerprint: of settings and data of all of them.
+        folder: of the checkpoint.
     """
 
     runner: Runner
     runs: Sequence[Run]
     fingerprint: str
+    folder: Path
 
     def finish(self, progress: Progress) -> Checkpoint:
-        """Train to the end, from the checkpoint in the first run's folder when there is one.
+        """Train to the end, from the checkpoint in the folder when there is one.
 
         Args:
             progress: called with ("training", steps made, steps in all).
@@ -80,7 +82,7 @@ class Session:
 
     @property
     def _file(self) -> Path:
-        return self.runs[0].folder / CHECKPOINT_FILE
+        return self.folder / CHECKPOINT_FILE
 
     def _stored(self) -> Checkpoint | None:
         if not self._file.exists():
@@ -88,7 +90,7 @@ class Session:
         checkpoint = load_checkpoint(self._file, torch.device(self.runs[0].config.device))
         if checkpoint.fingerprint != self.fingerprint:
             raise ConflictError(
-                f"{self._file.parent} holds a run with other settings or data; choose another folder or delete it"
+                f"{self.folder} holds a run with other settings or data; choose another folder or delete it"
             )
         return checkpoint
 

@@ -12,7 +12,7 @@ from wearfleet_cloud.data.dataset import Dataset
 from wearfleet_cloud.training.config import TrainConfig
 from wearfleet_cloud.training.trainer import model_spec_for
 
-__all__ = ["run_settings"]
+__all__ = ["held_out", "known_settings", "run_settings"]
 
 
 def _pair(text: str) -> tuple[float, float]:
@@ -32,6 +32,19 @@ _TRAINING: Final[Mapping[str, Callable[[str], object]]] = {
     "split": str,
     "selection": str,
 }
+
+
+def held_out(target: str) -> int | tuple[str, ...]:
+    """``2`` is the number of a domain; ``02``, ``2,``, ``2,5`` and ``torso`` are names."""
+    if target.isdigit() and str(int(target)) == target:
+        return int(target)
+    return tuple(name for name in target.split(",") if name)
+
+
+def known_settings(algorithm: str) -> frozenset[str]:
+    """Names of all settings that runs of an algorithm have; ConfigError for an unknown algorithm."""
+    info = algorithm_info(algorithm)
+    return frozenset({*_MODEL, *_TRAINING, *info.hyper, *info.options})
 
 
 def run_settings(
@@ -66,7 +79,7 @@ def run_settings(
         elif name in info.options:
             options[name] = text
         else:
-            known = sorted({*_MODEL, *_TRAINING, *info.hyper, *info.options})
+            known = sorted(known_settings(algorithm))
             raise ConfigError(f"unknown setting {name!r}; known for {algorithm}: {', '.join(known)}")
     spec = replace(model_spec_for(dataset, backbone), **model)
     return spec, replace(config, hyper=hyper, options=options, **training)

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -153,11 +154,12 @@ def stack_key(run: Run) -> str:
     )
 
 
-def train_stacked(runs: Sequence[Run], progress: Progress = silent) -> list[TrainResult]:
+def train_stacked(runs: Sequence[Run], folder: Path, progress: Progress = silent) -> list[TrainResult]:
     """Train runs together and write each into its folder; a stack that was interrupted there goes on.
 
     Args:
         runs: at least one, all of one :func:`stack_key`, which is not empty.
+        folder: of the checkpoint; made when missing.
         progress: called with ("training", steps made, steps in all).
 
     Returns:
@@ -168,8 +170,8 @@ def train_stacked(runs: Sequence[Run], progress: Progress = silent) -> list[Trai
         DataError, ConflictError, IntegrityError: as for ``train``.
     """
     _check_stackable(runs)
-    for run in runs:
-        run.folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, *(run.folder for run in runs)):
+        place.mkdir(parents=True, exist_ok=True)
     device = torch.device(runs[0].config.device)
     runner = StackedRuns(
         [run.build() for run in runs],
@@ -178,7 +180,7 @@ def train_stacked(runs: Sequence[Run], progress: Progress = silent) -> list[Trai
         tables_of(runs, device),
         stacked_examination(runs, device),
     )
-    last = Session(runner, runs, _fingerprint(runs)).finish(progress)
+    last = Session(runner, runs, _fingerprint(runs), folder).finish(progress)
     results = []
     for number, (run, algorithm) in enumerate(zip(runs, runner.algorithms, strict=True)):
         target = run.scenario.target

@@ -90,7 +90,7 @@ def train(  # noqa: PLR0917 - what, how, where: callers name them in this order
     run = plan_run(scenario, algorithm, spec, config, out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     runner = single_run(run)
-    last = Session(runner, [run], run.fingerprint()).finish(progress)
+    last = Session(runner, [run], run.fingerprint(), out_dir).finish(progress)
     return conclude(
         run,
         runner.algorithm.model,

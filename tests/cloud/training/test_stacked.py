@@ -47,7 +47,7 @@ def test_stacked_runs_equal_single_runs(
     small_people: Prepared, tmp_path: Path, algorithm: str, backbone: str
 ) -> None:
     runs = _runs(small_people, tmp_path / "stacked", algorithm, backbone)
-    together = train_stacked(runs)
+    together = train_stacked(runs, tmp_path / "checkpoint")
     for run, stacked in zip(runs, together, strict=True):
         alone = tmp_path / "alone" / run.folder.name
         single = train(run.scenario, algorithm, run.spec, run.config, alone)
@@ -78,11 +78,11 @@ def test_an_interrupted_stack_goes_on_bit_by_bit(small_people: Prepared, tmp_pat
             raise _PowerCutError
 
     whole, broken = _runs(small_people, tmp_path / "whole"), _runs(small_people, tmp_path / "broken")
-    train_stacked(whole)
+    train_stacked(whole, tmp_path)
     with pytest.raises(_PowerCutError):
-        train_stacked(broken, cut)
+        train_stacked(broken, tmp_path / "broken", cut)
     seen: list[int] = []
-    train_stacked(broken, lambda _what, done, _total: seen.append(done))
+    train_stacked(broken, tmp_path / "broken", lambda _what, done, _total: seen.append(done))
     assert seen[0] == 11
     for one, other in zip(whole, broken, strict=True):
         assert _rows(one.folder) == _rows(other.folder)
@@ -92,9 +92,9 @@ def test_an_interrupted_stack_goes_on_bit_by_bit(small_people: Prepared, tmp_pat
 
 def test_a_folder_with_another_stack_is_refused(small_people: Prepared, tmp_path: Path) -> None:
     runs = _runs(small_people, tmp_path)
-    train_stacked(runs)
+    train_stacked(runs, tmp_path / "checkpoint")
     with pytest.raises(ConflictError, match="choose another folder"):
-        train_stacked(runs[:2])
+        train_stacked(runs[:2], tmp_path / "checkpoint")
 
 
 def test_what_must_be_equal_is_in_the_key_and_what_may_differ_is_not(
@@ -117,4 +117,4 @@ def test_what_must_be_equal_is_in_the_key_and_what_may_differ_is_not(
     ]
     assert len({stack_key(run) for run in [runs[0], *others]}) == 6
     with pytest.raises(ConfigError, match="2 different ones"):
-        train_stacked([runs[0], others[0]])
+        train_stacked([runs[0], others[0]], tmp_path)
