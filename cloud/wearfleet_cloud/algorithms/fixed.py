@@ -46,7 +46,7 @@ class Fix(Algorithm):
     z is the embedding behind the bottleneck, z' that of a random window of any domain, lam ~ Beta(mixup_alpha,
     mixup_alpha) once a step; the gradient of D's risk reaches z multiplied by -reversal.
 
-    Source: Lu et al. 2024, arXiv:2211.05228, equations 3 to 5; specs/ood.md 3.2.
+    Source: Lu et al. 2024, arXiv:2211.05228; specs/ood.md 3.2.
     """
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
@@ -108,7 +108,7 @@ class Fixed(Fix):
 
     LM = -clip(mean distance in z to the borders to the ``top_k`` strongest other classes, -3 gamma, gamma).
 
-    Source: Lu et al. 2024, arXiv:2211.05228, equations 6 to 8; specs/ood.md 3.2.
+    Source: Lu et al. 2024, arXiv:2211.05228; specs/ood.md 3.2.
     Differs: "corrected" bounds the slope that a distance is divided by (``margin_risk``); "strict" does not.
     """
 

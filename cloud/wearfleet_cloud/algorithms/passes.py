@@ -11,6 +11,7 @@ __all__ = [
     "call",
     "call_part",
     "embed",
+    "features_before_neck",
     "features_of_domains",
     "head",
     "pooled",
@@ -91,6 +92,15 @@ def embed(
     return features, {name: tensors.get(f"model.{name}", buffer) for name, buffer in buffers.items()}
 
 
+def features_before_neck(
+    model: Classifier, params: Tensors, buffers: Tensors, x: Tensor, weight: Tensor | None, rng: Tensor | None
+) -> tuple[Tensor, Tensors]:
+    """What the backbone gives to the neck, in one pass over all windows; arguments and result as for ``embed``."""
+    tensors = _under_model(params, buffers)
+    features: Tensor = functional_call(_Backbone(model), tensors, (x, weight, rng))
+    return features, {name: tensors.get(f"model.{name}", buffer) for name, buffer in buffers.items()}
+
+
 def head(params: Tensors, features: Tensor) -> Tensor:
     """Logits (..., K) of features (..., F) by the network's linear head."""
     return features @ params["head.weight"].T + params["head.bias"]
@@ -139,6 +149,17 @@ class _Embedding(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None, rng: Tensor | None) -> Tensor:
         return self.model.features(x, weight, rng)
+
+
+class _Backbone(nn.Module):
+    """A classifier up to its neck."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, weight: Tensor | None, rng: Tensor | None) -> Tensor:
+        return self.model.backbone(self.model.standardise(x), weight, rng)
 
 
 def _under_model(params: Tensors, buffers: Tensors) -> Tensors:

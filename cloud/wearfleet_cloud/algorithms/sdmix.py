@@ -45,7 +45,7 @@ class SDMix(Algorithm):
     Radii come from a pass over all training windows before every ``radius_passes``-th pass of training: largest or
     mean ``distance`` of the embeddings of a class from their mean, within a domain.
 
-    Source: Lu et al. 2022, arXiv:2206.06629, section 3; specs/ood.md 3.3.
+    Source: Lu et al. 2022, arXiv:2206.06629; specs/ood.md 3.3.
     Differs: two radii of 0 give w = lam (published: 0/0). "corrected" takes the mean over all windows of a class for
     radius "mean" and bounds the slope of the margin; "strict" takes the largest of the means within batches of 64 (of a
     random order) and does not bound it. The radius of whole domains, computed but not used, is left out.

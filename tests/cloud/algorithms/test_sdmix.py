@@ -7,6 +7,8 @@ import pytest
 import torch
 from algorithm_cases import CLASSES, DOMAINS, batch, build, data, hyper, started, step
 from torch import Tensor
+from torch.func import vmap
+from wearfleet_cloud.algorithms import State
 from wearfleet_cloud.algorithms.passes import embed
 from wearfleet_cloud.algorithms.sdmix import class_radii, semantic_shares
 from wearfleet_cloud.kernels.margin import large_margin_reference
@@ -133,3 +135,17 @@ def test_it_looks_at_all_windows_before_every_so_many_passes() -> None:
     every, fifth = build("sdmix", Sgd()), build("sdmix", Sgd(), {"radius_passes": "5"})
     assert [n for n in range(9) if every.refresh_at(n, 4)] == [0, 4, 8]
     assert [n for n in range(41) if fifth.refresh_at(n, 4)] == [0, 20, 40]
+
+
+def test_stacked_radii_equal_single_ones() -> None:
+    algorithms, windows = [build("sdmix", Sgd(), seed=seed) for seed in (0, 1)], data()
+    states = [algorithm.init() for algorithm in algorithms]
+    parts = zip(*states, strict=True)
+    stacked = State(*({n: torch.stack([part[n] for part in pair]) for n in pair[0]} for pair in parts))
+    given, key = hyper(algorithms[0]), torch.tensor(1)
+    after = vmap(lambda state: algorithms[0].refresh(state, windows, given, key))(stacked)
+    for number in range(2):
+        single = algorithms[number].refresh(states[number], windows, given, key)
+        torch.testing.assert_close(
+            after.extras["radius"][number], single.extras["radius"], rtol=1e-4, atol=1e-5
+        )
