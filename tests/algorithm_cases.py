@@ -78,9 +78,14 @@ def batch(algorithm: Algorithm, windows: int = 6, seed: int = 1, domains: int = 
     return source.batch(drawn)
 
 
+_SHORT: Final = {"teacher_steps": 2.0}
+"""Hyper-parameters that make the small problem a long one by default."""
+
+
 def hyper(algorithm: Algorithm, **values: float) -> dict[str, Tensor]:
     """The default hyper-parameters, with some changed."""
-    given = {"lr": 0.05, **algorithm.info.hyper, **values}
+    short = {name: value for name, value in _SHORT.items() if name in algorithm.info.hyper}
+    given = {"lr": 0.05, **algorithm.info.hyper, **short, **values}
     return {name: torch.tensor(float(value)) for name, value in given.items()}
 
 
