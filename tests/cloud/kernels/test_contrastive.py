@@ -109,6 +109,26 @@ def test_columns_that_are_not_shared_out(device, monkeypatch):
     check_softmax(kernel.softmax_statistics_triton, make(17, 70, 5), False, device)
 
 
+def test_slabs_of_rows_make_the_whole_gradient(device, monkeypatch):
+    monkeypatch.setattr(kernel, "_SLAB", 16)
+    check_softmax(kernel.softmax_statistics_triton, make(40, 33, 5), False, device)  # slabs of 16, 16 and 8
+    check_sigmoid(kernel.sigmoid_losses_triton, make(40, 33, 5), device)
+
+
+def test_pairs_of_which_the_sigmoid_is_sure_keep_their_digits(device):
+    """Cosine 0, bias -10, all labels different: a pair costs log(1 + e^-10), and 1 + e^-10 has lost its digits.
+
+    An exponential, a quotient and two products of one rounding each, a logarithm of two, and 70 additions.
+    """
+    x, y = torch.eye(2)[:1].repeat(9, 1), torch.eye(2)[1:].repeat(70, 1)
+    ones = torch.ones(9), torch.ones(70)
+    labels = torch.arange(9), 100 + torch.arange(70)
+    given = [t.to(device) for t in (x, y, *ones, torch.tensor(-10.0), *labels)]
+    found = kernel.sigmoid_losses_triton(*given)
+    exact = torch.full((9,), 70 * math.log1p(math.exp(-10.0)), dtype=torch.float64)
+    assert_within(found, exact, (6 + 70 + 10) * EPS32 * exact, "losses")
+
+
 def test_without_the_row_itself(device):
     (x, _, scale, other), (labels, _), upstream = make(33, 33, 6)
     problem = (x, x, scale, other), (labels, labels), upstream
@@ -198,13 +218,17 @@ def test_a_planted_error_is_found(old, new, device):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("tl.maximum(against, 0.0) + tl.log(1.0 + small)", "tl.maximum(against, 0.0) + small"),
+        ("tl.where(present, _softplus(against), 0.0)", "_softplus(against)"),
+        ("tl.maximum(values, 0.0) + small * ratio", "tl.maximum(values, 0.0) + small"),
+        ("losses[0] if len(losses) == 1 else losses.sum(0)", "losses[0]"),
         ("tl.where(against > 0.0, 1.0, small)", "tl.where(against > 0.0, small, 1.0)"),
-        ("tl.store(sums + place, tl.sum(slope, 1), mask=row < R)", "tl.store(sums + place, tl.sum(slope, 1) * 0.5, mask=row < R)"),  # noqa: E501
+        ("tl.store(sums + place, tl.sum(slope))", "tl.store(sums + place, 0.5 * tl.sum(slope))"),
+        ("by_bias.add_(sums.sum(dim=(1, 2)))", "by_bias.copy_(sums.sum(dim=(1, 2)))"),
     ],
 )  # fmt: skip
 def test_a_planted_error_in_the_sigmoid_is_found(old, new, device):
     wrong = planted(kernel, old, new)
+    wrong._SLAB = 16
     with pytest.raises(AssertionError):
         check_sigmoid(wrong.sigmoid_losses_triton, make(17, 40, 5), device)
 

@@ -15,6 +15,7 @@ __all__ = ["sigmoid_losses_triton", "softmax_statistics_triton"]
 Slopes = Callable[[Tensor, int, int], None]
 """(slab, first row, rows): fills the slab."""
 _PROGRAMS = 128  # about one for each processor of a GPU; fewer rows than that share their columns out
+_SLAB = 256  # rows of a slab at least, work enough for a product
 
 
 @triton.jit
@@ -135,7 +136,25 @@ def _softmax_slopes(
 
 
 @triton.jit
-def _sigmoid(
+def _decisions(s, bias, mine, theirs):
+    """Of every pair: 1 with equal labels, else -1; minus that times its logit; whether both are present."""
+    present = (theirs >= 0)[None, :] & (mine >= 0)[:, None]
+    sign = tl.where(mine[:, None] == theirs[None, :], 1.0, -1.0)
+    return sign, tl.where(present, -sign * (s + bias), 0.0), present
+
+
+@triton.jit
+def _softplus(values):
+    """log(1 + e^v), small ones with all their digits: log(u) / (u - 1) does not see the rounding of u = 1 + e^v."""
+    small = tl.exp(-tl.abs(values))
+    grown = 1.0 + small
+    exact = grown == 1.0
+    ratio = tl.where(exact, 1.0, tl.log(grown) / tl.where(exact, 1.0, grown - 1.0))
+    return tl.maximum(values, 0.0) + small * ratio
+
+
+@triton.jit
+def _sigmoid_losses(
     x,  # (P, M, F)
     y,  # (P, N, F)
     scale_x,  # (P, M)
@@ -143,44 +162,72 @@ def _sigmoid(
     bias,  # (P,)
     labels_x,  # (P, M)
     labels_y,  # (P, N)
-    upstream,  # (P, M), backward only
-    out,  # (P, M, T) partial losses of T tiles of columns, or (P, R, N) slopes
-    sums,  # (P, M, T) partial slopes of the bias, backward only
+    losses,  # (SPLITS, P, M) out
+    M,
+    N,
+    F,
+    COLUMNS,  # of one split, a multiple of BLOCK
+    BLOCK: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    problem, split = tl.program_id(0), tl.program_id(2)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mine = tl.load(labels_x + problem * M + i, mask=i < M, other=-1)
+    shift = tl.load(bias + problem)
+    start_x, start_y = x + problem.to(tl.int64) * M * F, y + problem.to(tl.int64) * N * F
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(split * COLUMNS, tl.minimum(split * COLUMNS + COLUMNS, N), BLOCK):
+        j = begin + tl.arange(0, BLOCK)
+        s, _, _ = _similarities(
+            start_x, start_y, scale_x + problem * M, scale_y + problem * N, i, j, M, N, F, BLOCK, BLOCK_F, DOT
+        )
+        theirs = tl.load(labels_y + problem * N + j, mask=j < N, other=-1)
+        _, against, present = _decisions(s, shift, mine, theirs)
+        total += tl.sum(tl.where(present, _softplus(against), 0.0), 1)
+    tl.store(losses + (split * tl.num_programs(0) + problem) * M + i, total, mask=i < M)
+
+
+@triton.jit
+def _sigmoid_slopes(
+    x,  # (P, M, F)
+    y,  # (P, N, F)
+    scale_x,  # (P, M)
+    scale_y,  # (P, N)
+    bias,  # (P,)
+    labels_x,  # (P, M)
+    labels_y,  # (P, N)
+    upstream,  # (P, M)
+    slab,  # (P, R, N) out: derivatives by x_i . y_j of rows first ... first + R
+    sums,  # (P, TILES_R, TILES_N) out: derivatives by the bias
     first,
     R,
     M,
     N,
     F,
-    BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    problem, tile = tl.program_id(0), tl.program_id(2)
+    problem = tl.program_id(0)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i, j = first + row, tile * BLOCK + tl.arange(0, BLOCK)
+    i, j = first + row, tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     start_x, start_y = x + problem.to(tl.int64) * M * F, y + problem.to(tl.int64) * N * F
     s, rows, columns = _similarities(
         start_x, start_y, scale_x + problem * M, scale_y + problem * N, i, j, M, N, F, BLOCK, BLOCK_F, DOT
     )
-    mine = tl.load(labels_x + problem * M + i, mask=i < M, other=-1)
+    mine = tl.load(labels_x + problem * M + i, mask=(i < M) & (row < R), other=-1)
     theirs = tl.load(labels_y + problem * N + j, mask=j < N, other=-1)
-    present = (theirs >= 0)[None, :] & (mine >= 0)[:, None] & (row < R)[:, None]
-    sign = tl.where(mine[:, None] == theirs[None, :], 1.0, -1.0)
-    against = tl.where(present, -sign * (s + tl.load(bias + problem)), 0.0)
+    sign, against, present = _decisions(s, tl.load(bias + problem), mine, theirs)
     small = tl.exp(-tl.abs(against))
-    place = (problem * M + i) * tl.num_programs(2) + tile
-    if BACKWARD:
-        chance = tl.where(against > 0.0, 1.0, small) / (1.0 + small)
-        g = tl.load(upstream + problem * M + i, mask=i < M, other=0.0)[:, None]
-        slope = tl.where(present, -sign * chance * g, 0.0)
-        tl.store(sums + place, tl.sum(slope, 1), mask=row < R)
-        offsets = (problem * R + row[:, None]).to(tl.int64) * N + j[None, :]
-        value = (slope * rows[:, None] * columns[None, :]).to(out.dtype.element_ty)
-        tl.store(out + offsets, value, mask=(row < R)[:, None] & (j < N)[None, :])
-    else:
-        losses = tl.maximum(against, 0.0) + tl.log(1.0 + small)
-        tl.store(out + place, tl.sum(tl.where(present, losses, 0.0), 1), mask=row < R)
+    chance = tl.where(against > 0.0, 1.0, small) / (1.0 + small)
+    g = tl.load(upstream + problem * M + i, mask=i < M, other=0.0)[:, None]
+    slope = tl.where(present, -sign * chance * g, 0.0)
+    place = (problem * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(sums + place, tl.sum(slope))
+    offsets = (problem * R + row[:, None]).to(tl.int64) * N + j[None, :]
+    value = (slope * rows[:, None] * columns[None, :]).to(slab.dtype.element_ty)
+    tl.store(slab + offsets, value, mask=(row < R)[:, None] & (j < N)[None, :])
 
 
 def _blocks(x: Tensor, y: Tensor) -> dict[str, Any]:
@@ -191,19 +238,24 @@ def _blocks(x: Tensor, y: Tensor) -> dict[str, Any]:
     return {"BLOCK": 64, "BLOCK_F": 32, "DOT": dot, "num_warps": 8}
 
 
+def _streams(x: Tensor, y: Tensor, block: int) -> tuple[tuple[int, int, int], int]:
+    """Problems, tiles of rows and splits of the columns, and the columns of a split."""
+    (problems, rows, _), columns = x.shape, y.shape[1]
+    tiles = triton.cdiv(rows, block)
+    wanted = max(1, min(_PROGRAMS // (problems * tiles), triton.cdiv(columns, block)))
+    each = triton.cdiv(triton.cdiv(columns, wanted), block) * block
+    return (problems, tiles, triton.cdiv(columns, each)), each
+
+
 def _softmax_forward(without_self: object, *tensors: Tensor) -> tuple[Tensor, ...]:
     tensors = tuple(tensor.contiguous() for tensor in tensors)
     x, y = tensors[:2]
     problems, rows, width = x.shape
     columns, blocks = y.shape[1], _blocks(x, y)
-    tiles = triton.cdiv(rows, blocks["BLOCK"])
-    wanted = max(1, min(_PROGRAMS // (problems * tiles), triton.cdiv(columns, blocks["BLOCK"])))
-    each = triton.cdiv(triton.cdiv(columns, wanted), blocks["BLOCK"]) * blocks["BLOCK"]
-    splits = triton.cdiv(columns, each)
+    grid, each = _streams(x, y, blocks["BLOCK"])
+    splits = grid[2]
     found = [x.new_empty((splits, problems, rows), dtype=torch.float32) for _ in range(4)]
-    _statistics[problems, tiles, splits](
-        *tensors, *found, rows, columns, width, each, WITHOUT_SELF=without_self, **blocks
-    )
+    _statistics[grid](*tensors, *found, rows, columns, width, each, WITHOUT_SELF=without_self, **blocks)
     lse, positives, counts, largest = found
     if splits == 1:
         return lse[0], positives[0], counts[0], largest[0], lse[0].clone()
@@ -232,7 +284,7 @@ def _by_slabs(x: Tensor, y: Tensor, scale_x: Tensor, scale_y: Tensor, slopes: Sl
     """Gradients by both towers and their scales, from slabs of slopes: memory like that of the features."""
     problems, rows, width = x.shape
     columns = y.shape[1]
-    height = min(rows, max(256, 2 * width))
+    height = min(rows, max(_SLAB, 2 * width))
     slab = x.new_empty((problems * height * columns,))
     by_x = x.new_empty(x.shape, dtype=torch.float32)
     by_y = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
@@ -252,28 +304,28 @@ def _sigmoid_forward(_settings: object, *tensors: Tensor) -> tuple[Tensor, ...]:
     x, y = tensors[:2]
     problems, rows, width = x.shape
     blocks = _blocks(x, y)
-    tiles = [triton.cdiv(count, blocks["BLOCK"]) for count in (rows, y.shape[1])]
-    losses = x.new_empty((problems, rows, tiles[1]), dtype=torch.float32)
-    _sigmoid[problems, tiles[0], tiles[1]](
-        *tensors, None, losses, None, 0, rows, rows, y.shape[1], width, BACKWARD=False, **blocks
-    )
-    return (losses.sum(-1),)
+    grid, each = _streams(x, y, blocks["BLOCK"])
+    losses = x.new_empty((grid[2], problems, rows), dtype=torch.float32)
+    _sigmoid_losses[grid](*tensors, losses, rows, y.shape[1], width, each, **blocks)
+    return (losses[0] if len(losses) == 1 else losses.sum(0),)
 
 
 def _sigmoid_backward(_settings: object, needs: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
     *inputs, upstream = (tensor.contiguous() for tensor in tensors)
-    x, y, scale_x, scale_y = inputs[:4]
+    x, y, scale_x, scale_y, bias = inputs[:5]
     problems, rows, width = x.shape
     blocks = _blocks(x, y)
-    tiles = triton.cdiv(y.shape[1], blocks["BLOCK"])
-    sums = x.new_empty((problems, rows, tiles), dtype=torch.float32)
+    by_bias = torch.zeros(bias.shape, dtype=torch.float32, device=x.device)
 
     def slopes(part: Tensor, first: int, count: int) -> None:
-        _sigmoid[problems, triton.cdiv(count, blocks["BLOCK"]), tiles](
-            *inputs, upstream, part, sums, first, count, rows, y.shape[1], width, BACKWARD=True, **blocks
+        tiles = [triton.cdiv(size, blocks["BLOCK"]) for size in (count, y.shape[1])]
+        sums = x.new_empty((problems, *tiles), dtype=torch.float32)
+        _sigmoid_slopes[problems, *tiles](
+            *inputs, upstream, part, sums, first, count, rows, y.shape[1], width, **blocks
         )
+        by_bias.add_(sums.sum(dim=(1, 2)))
 
-    found = (*_by_slabs(x, y, scale_x, scale_y, slopes), sums.sum(dim=(1, 2)))
+    found = (*_by_slabs(x, y, scale_x, scale_y, slopes), by_bias.to(bias.dtype))
     return tuple(tensor for tensor, needed in zip(found, needs, strict=True) if needed)
 
 
