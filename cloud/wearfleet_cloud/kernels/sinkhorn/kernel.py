@@ -29,14 +29,18 @@ def _cost(
     x, y, prior, i, j, N, M, F, least, EUCLIDEAN: tl.constexpr, PRIOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Costs (BLOCK_N, BLOCK_M) of rows ``i`` and columns ``j`` of one problem, and the distances alone."""
+    """Costs (BLOCK_N, BLOCK_M) of rows ``i`` and columns ``j`` of one problem, and the distances alone.
+
+    Points are counted from the first of x: rounding grows with their spread, not with what they have in common.
+    """
     squares_i, squares_j = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for begin in range(0, F, BLOCK_F):
         column = begin + tl.arange(0, BLOCK_F)[None, :]
         at_i, at_j = x + i[:, None].to(tl.int64) * F + column, y + j[:, None].to(tl.int64) * F + column
-        xi = tl.load(at_i, mask=(i < N)[:, None] & (column < F), other=0.0)
-        yj = tl.load(at_j, mask=(j < M)[:, None] & (column < F), other=0.0)
+        origin = tl.load(x + column, mask=column < F, other=0.0)
+        xi = tl.load(at_i, mask=(i < N)[:, None] & (column < F), other=0.0) - origin
+        yj = tl.load(at_j, mask=(j < M)[:, None] & (column < F), other=0.0) - origin
         squares_i += tl.sum(xi * xi, 1)
         squares_j += tl.sum(yj * yj, 1)
         products = tl.dot(xi, tl.trans(yj), products, input_precision="ieee")
@@ -417,7 +421,8 @@ def _launch_backward(
     gradient: Tensor,
 ) -> tuple[Tensor, ...]:
     assert isinstance(form, _Form)
-    wide_x, wide_y, prior = x.float().contiguous(), y.float().contiguous(), prior.contiguous()
+    origin, prior = x[:, :1].float(), prior.contiguous()
+    wide_x, wide_y = (x.float() - origin).contiguous(), (y.float() - origin).contiguous()
     problems, n, width = x.shape
     m, blocks = y.shape[1], _blocks(x.shape[1], y.shape[1])
     scale, upstream = (1.0 / (mean * form.epsilon)).contiguous(), (gradient / mean).contiguous()
