@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from wearfleet_protos.errors import DataError
 
-from wearfleet_cloud.training.metrics import accuracy_of, evaluate, macro_f1, predictions
+from wearfleet_cloud.training.metrics import accuracy_of, confusion_matrix, evaluate, macro_f1, predictions
 from wearfleet_cloud.training.selection import Scores, mean_over_domains
 
 __all__ = [
@@ -122,7 +122,13 @@ def soft_accuracy(predicted: Tensor, y: Tensor, other: Tensor, share: Tensor) ->
     return (share * (predicted == y) + (1.0 - share) * (predicted == other)).mean()
 
 
-def examine(model: nn.Module, tensors: Mapping[str, Tensor], given: Examination, classes: int) -> Scores:
+def examine(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    given: Examination,
+    classes: int,
+    transduced: Tensor | None = None,
+) -> Scores:
     """Score a network with given tensors, in evaluation mode.
 
     Args:
@@ -130,9 +136,11 @@ def examine(model: nn.Module, tensors: Mapping[str, Tensor], given: Examination,
         tensors: named parameters and buffers.
         given: what to score on.
         classes: K.
+        transduced: (N,) classes of the target's windows that the algorithm found, None for those of the network.
     """
     domains = [evaluate(model, tensors, v.x, v.y, classes) for v in given.validation]
-    target = evaluate(model, tensors, given.target.x, given.target.y, classes)
+    found = predictions(model, tensors, given.target.x) if transduced is None else transduced
+    target = confusion_matrix(found, given.target.y, classes)
     mixed = given.mixed
     soft = soft_accuracy(predictions(model, tensors, mixed.x), mixed.y, mixed.other, mixed.share)
     return Scores(

@@ -48,8 +48,13 @@ class SingleRun:
 
     def examine(self, state: State) -> list[Scores]:
         """As ``Runner.examine``."""
-        model = self.algorithm.model
-        return [examine(model, self.algorithm.inference(state), self.examination, model.spec.classes)]
+        model, tensors = self.algorithm.model, self.algorithm.inference(state)
+        return [examine(model, tensors, self.examination, model.spec.classes, self.transduce(tensors))]
+
+    def transduce(self, tensors: Tensors) -> Tensor | None:
+        """As ``Algorithm.transduce``, of the run's target."""
+        target = self.examination.target.x
+        return self.algorithm.transduce(tensors, self.train, target, self._hyper())
 
     def keep(self, state: State, before: Tensors | None, better: Sequence[bool]) -> Tensors:
         """As ``Runner.keep``."""

@@ -26,7 +26,8 @@ def summarise(
     model: Classifier,
     *,
     best: Mapping[str, Best],
-    target: Tensor,
+    network: Tensor,
+    transduced: Tensor | None,
     seconds: float,
     stacked: int = 1,
 ) -> dict[str, object]:
@@ -36,14 +37,19 @@ def summarise(
         run: that was made.
         model: the network that was kept.
         best: kept step of every selection rule.
-        target: (K, K) confusion matrix of ``model`` on the unseen domain.
+        network: (K, K) confusion matrix of ``model`` on the unseen domain.
+        transduced: (K, K) that of the classes which the algorithm found with the target's windows at hand, unlabelled;
+            the scores are then its. None for none.
         seconds: spent in updates, of all runs of a stack together.
         stacked: runs that advanced together.
     """
     config, kept = run.config, best[run.config.selection]
+    target = network if transduced is None else transduced
     return {
         "target_accuracy": accuracy_of(target),
         "target_macro_f1": macro_f1(target),
+        "transductive": transduced is not None,
+        "network_target_accuracy": accuracy_of(network),
         "source_validation_accuracy": kept.scores.source_validation_accuracy,
         "steps_per_second": round(config.steps * stacked / seconds, 2),
         **_method(run),

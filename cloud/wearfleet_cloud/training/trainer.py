@@ -13,7 +13,7 @@ from wearfleet_cloud.data.scenarios import Scenario, SourceSplit
 from wearfleet_cloud.training.checkpoint import write_atomically
 from wearfleet_cloud.training.config import TrainConfig
 from wearfleet_cloud.training.examination import Windows
-from wearfleet_cloud.training.metrics import evaluate
+from wearfleet_cloud.training.metrics import confusion_matrix, evaluate
 from wearfleet_cloud.training.model_files import save_model
 from wearfleet_cloud.training.run import Run, plan_run
 from wearfleet_cloud.training.selection import Best
@@ -98,6 +98,7 @@ def train(  # noqa: PLR0917 - what, how, where: callers name them in this order
         kept=last.kept,
         best=last.best[0],
         seconds=last.seconds,
+        transduced=runner.transduce(dict(last.kept)),
     )
 
 
@@ -110,6 +111,7 @@ def conclude(
     best: Mapping[str, Best],
     seconds: float,
     stacked: int = 1,
+    transduced: Tensor | None = None,
 ) -> TrainResult:
     """Score what was kept on the target, and write model and result into the run's folder.
 
@@ -121,10 +123,15 @@ def conclude(
         best: kept step of every selection rule.
         seconds: spent in updates, of all runs of a stack together.
         stacked: runs that advanced together.
+        transduced: (N,) classes of the target's windows that the algorithm found, None for those of the network.
     """
     model.load_state_dict(dict(kept))
-    confusion = evaluate(model.eval(), kept, target.x, target.y, model.spec.classes)
-    summary = summarise(run, model, best=best, target=confusion, seconds=seconds, stacked=stacked)
+    model.eval()
+    network = evaluate(model, kept, target.x, target.y, model.spec.classes)
+    confusion = None if transduced is None else confusion_matrix(transduced, target.y, model.spec.classes)
+    summary = summarise(
+        run, model, best=best, network=network, transduced=confusion, seconds=seconds, stacked=stacked
+    )
     save_model(model, run.folder)
     write_atomically(run.folder / RESULT_FILE, (json.dumps(summary, indent=2) + "\n").encode())
     return TrainResult(model, run.split, summary, run.folder)
