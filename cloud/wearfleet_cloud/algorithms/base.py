@@ -212,6 +212,25 @@ class Algorithm(ABC):
         """
         return state
 
+    def transduce(
+        self, tensors: Tensors, data: TrainingWindows, target: Tensor, hyper: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """The classes of all windows of the target, found together; None when the network predicts each by itself.
+
+        An algorithm that gives them needs "unlabelled target data": its scores on the target say nothing of windows
+        that were not there, and what is exported is the network alone.
+
+        Args:
+            tensors: of :meth:`inference`.
+            data: all training windows.
+            target: (N, C, T) raw windows.
+            hyper: as for ``step``.
+
+        Returns:
+            (N,) int64 on the device of ``target``, or None.
+        """
+        return None
+
     def inference(self, state: State) -> Tensors:
         """Parameters and buffers of the network that predicts: the classifier's names, nothing else."""
         return {name: t for name, t in (*state.params.items(), *state.buffers.items()) if "/" not in name}
