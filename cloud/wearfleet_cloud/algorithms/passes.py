@@ -9,6 +9,7 @@ from wearfleet_cloud.algorithms.base import Batch, Tensors
 
 __all__ = [
     "call",
+    "call_around",
     "call_part",
     "embed",
     "features_before_neck",
@@ -65,6 +66,25 @@ def call_part(
     return output, after
 
 
+def call_around(
+    module: nn.Module, params: Tensors, buffers: Tensors, *args: object
+) -> tuple[Tensor, Tensors]:
+    """Run a module that uses the network its own way and holds it as its only part, ``model``.
+
+    Args:
+        module: its own tensors are not read.
+        params: named parameters of the network; those of parts of training are passed over.
+        buffers: named buffers; not changed.
+        args: of ``module.forward``.
+
+    Returns:
+        What ``module`` returns, and the buffers after the pass.
+    """
+    tensors = {f"model.{name}": t for name, t in (*params.items(), *buffers.items()) if "/" not in name}
+    output: Tensor = functional_call(module, tensors, args)
+    return output, {name: tensors.get(f"model.{name}", buffer) for name, buffer in buffers.items()}
+
+
 def pooled(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """The windows of all domains as one batch: x (D*B, C, T), y (D*B,), weight (D*B,) or None."""
     weight = None if batch.weight is None else batch.weight.flatten()
@@ -87,18 +107,14 @@ def embed(
     Returns:
         (B, F), and the buffers after the pass.
     """
-    tensors = _under_model(params, buffers)
-    features: Tensor = functional_call(_Embedding(model), tensors, (x, weight, rng))
-    return features, {name: tensors.get(f"model.{name}", buffer) for name, buffer in buffers.items()}
+    return call_around(_Embedding(model), params, buffers, x, weight, rng)
 
 
 def features_before_neck(
     model: Classifier, params: Tensors, buffers: Tensors, x: Tensor, weight: Tensor | None, rng: Tensor | None
 ) -> tuple[Tensor, Tensors]:
     """What the backbone gives to the neck, in one pass over all windows; arguments and result as for ``embed``."""
-    tensors = _under_model(params, buffers)
-    features: Tensor = functional_call(_Backbone(model), tensors, (x, weight, rng))
-    return features, {name: tensors.get(f"model.{name}", buffer) for name, buffer in buffers.items()}
+    return call_around(_Backbone(model), params, buffers, x, weight, rng)
 
 
 def head(params: Tensors, features: Tensor) -> Tensor:
@@ -160,7 +176,3 @@ class _Backbone(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None, rng: Tensor | None) -> Tensor:
         return self.model.backbone(self.model.standardise(x), weight, rng)
-
-
-def _under_model(params: Tensors, buffers: Tensors) -> Tensors:
-    return {f"model.{name}": t for name, t in (*params.items(), *buffers.items()) if "/" not in name}
