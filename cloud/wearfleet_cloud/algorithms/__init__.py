@@ -7,6 +7,7 @@ from typing import Final
 from wearfleet_models import Classifier, ModelSpec
 from wearfleet_protos.errors import ConfigError
 
+from wearfleet_cloud.algorithms.affar import Affar
 from wearfleet_cloud.algorithms.and_mask import AndMask
 from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, State
 from wearfleet_cloud.algorithms.coral import Coral
@@ -65,6 +66,7 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "guided": Guided,
     "difex": Difex,
     "diversify": Diversify,
+    "affar": Affar,
 }
 
 
