@@ -42,8 +42,8 @@ class Discriminator(nn.Module):
         Returns:
             (B, D).
         """
-        hidden = torch.relu(self.norm1(self.layer1(features)[..., None], weight)[..., 0])
-        hidden = torch.relu(self.norm2(self.layer2(hidden)[..., None], weight)[..., 0])
+        hidden = torch.relu(self.norm1(self.layer1(features), weight))
+        hidden = torch.relu(self.norm2(self.layer2(hidden), weight))
         logits: Tensor = self.layer3(hidden)
         return logits
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from algorithm_cases import CLASSES, DOMAINS, batch, build, model, step
 from torch import Tensor
-from wearfleet_cloud.algorithms.base import Batch
 from wearfleet_cloud.kernels.mmd import median_gammas, mmd_reference
 from wearfleet_cloud.training.optimisers import Adam, Sgd
 from wearfleet_models import Classifier
@@ -74,16 +73,3 @@ def _final(lam: float, beta: float, name: str) -> float:
 def test_each_weight_does_what_it_is_for() -> None:
     assert _final(1.0, 0.0, "domain_risk") < 0.5 * _final(0.0, 0.0, "domain_risk")
     assert _final(0.0, 10.0, "discrepancy") < 0.5 * _final(0.0, 0.0, "discrepancy")
-
-
-def test_padding_does_not_matter() -> None:
-    affar = build("affar", Sgd())
-    state, short = affar.init(), batch(affar, windows=4)
-    padded = Batch(
-        torch.cat([short.x, torch.full((3, 2, 3, 40), 9.0)], 1),
-        torch.cat([short.y, torch.zeros(3, 2, dtype=torch.int64)], 1),
-        torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]]).expand(3, 6),
-    )
-    one, other = step(affar, state, padded), step(affar, state, short)
-    torch.testing.assert_close(one[1], other[1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(one[0].params, other[0].params, rtol=1e-3, atol=1e-4)

@@ -132,7 +132,9 @@ def test_a_traced_step_equals_the_step(name: str) -> None:
     torch.testing.assert_close(metrics, expected_metrics, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["erm", "coral", "dann", "mmd", "vrex", "group-dro"])
+@pytest.mark.parametrize(
+    "name", ["erm", "coral", "dann", "mmd", "vrex", "group-dro", "fishr", "lag", "affar"]
+)
 def test_padding_does_not_matter(name: str) -> None:
     algorithm = build(name, Sgd())
     short = batch(algorithm, windows=4)
@@ -148,7 +150,7 @@ def test_padding_does_not_matter(name: str) -> None:
     torch.testing.assert_close(metrics, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["erm", "coral", "mmd", "vrex", "group-dro"])
+@pytest.mark.parametrize("name", ["erm", "coral", "mmd", "vrex", "group-dro", "fishr", "lag"])
 def test_the_order_of_the_domains_does_not_change_the_loss(name: str) -> None:
     algorithm = build(name, Sgd())
     state, given = algorithm.init(), batch(algorithm)
