@@ -53,7 +53,10 @@ def score(model: Classifier, x: NDArray[np.float32], y: NDArray[np.int64], label
     if given != wanted:
         raise ShapeError(f"the model is for (channels, window, classes) = {wanted}, the data have {given}")
     tensors = model.state_dict()
-    confusion = evaluate(model, tensors, torch.tensor(x), torch.tensor(y), len(labels))
+    device = next(model.parameters()).device
+    confusion = evaluate(
+        model, tensors, torch.tensor(x, device=device), torch.tensor(y, device=device), len(labels)
+    ).cpu()
     right, actual, predicted = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
     recall = right / actual.clamp(min=1)
     f1 = 2.0 * right / (actual + predicted).clamp(min=1)
