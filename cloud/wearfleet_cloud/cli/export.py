@@ -90,7 +90,7 @@ def _export(
             trained, contract_of(dataset), windows, info, method=ood_method, progress=progress
         )
         manifest = write_release(out, release.data, release.manifest)
-        report = _report(out, manifest, release)
+        report = _report(out, manifest, release) | {"transductive": trained.transductive}
         if quantize is not None:
             small = _quantized(release, windows, budget, progress)
             small_out = out.with_suffix(f".{quantize}.onnx")
@@ -191,6 +191,11 @@ def _show(report: dict[str, Any], as_json: bool) -> None:
     table.add_row("model", f"{report['model']} ({report['size_bytes']} bytes)")
     table.add_row("manifest", report["manifest"])
     table.add_row("trained on", report["train_run"] + (" (simulated)" if report["simulated"] else ""))
+    if report["transductive"]:
+        table.add_row(
+            "exported",
+            "the network that was trained, without the run's transductive predictions of the target",
+        )
     table.add_row("out of distribution", f"{report['ood_method']} above {report['ood_threshold']:.4g}")
     table.add_row("torch against ONNX Runtime", f"{parity['windows']} windows")
     table.add_row("same class", f"{parity['argmax_agreement']:.2%}")

@@ -37,6 +37,8 @@ class Run:
         scenario_seed: of the split into training and validation.
         split: rule of that split.
         counts: number of training and of validation windows.
+        transductive: whether its scores on the target are those of classes found with the target's windows at hand,
+            which the model alone does not give.
     """
 
     identity: str
@@ -47,6 +49,7 @@ class Run:
     scenario_seed: int
     split: str
     counts: tuple[int, int]
+    transductive: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +87,7 @@ def read_run(folder: Path) -> Run:
             scenario_seed=int(result["scenario_seed"]),
             split=str(result["split"]),
             counts=(int(result["train_windows"]), int(result["validation_windows"])),
+            transductive=bool(result.get("transductive", False)),  # runs of before it was written never were
         )
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(

@@ -82,6 +82,28 @@ def test_report_for_people_names_the_parity_and_that_people_were_simulated(run, 
     assert "energy" in text
 
 
+def test_export_of_a_transductive_run_says_that_only_the_network_is_exported(run, cache, tmp_path):
+    said = {}
+    for transductive in (True, False):
+        folder = tmp_path / str(transductive)
+        folder.mkdir()
+        copied = copy_of(run, folder, {"transductive": transductive})
+        options = (
+            "--run",
+            copied,
+            "--out",
+            folder / "model.onnx",
+            "--cache-dir",
+            cache,
+            "--ood-method",
+            "energy",
+        )
+        said[transductive] = invoke(*options)[1]
+        assert json.loads(invoke(*options, "--json")[1])["transductive"] is transductive
+    assert "the network that was trained" in said[True]
+    assert "transductive" not in said[False]
+
+
 def test_windows_of_a_run_are_those_it_was_trained_on(run, cache):
     trained = read_run(run)
     windows = windows_of_run(trained, prepare(dataset_named("simulator"), None, cache))
