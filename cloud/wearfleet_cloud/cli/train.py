@@ -194,7 +194,7 @@ def _show_run(summary: dict[str, Any], as_json: bool) -> None:
     rows = [
         ["data set", f"{name}, {summary['scenario']}, target {summary['target']}"],
         ["algorithm", summary["algorithm"]],
-        ["target accuracy", f"{summary['target_accuracy']:.4f}"],
+        ["target accuracy", f"{summary['target_accuracy']:.4f}" + _how(summary)],
         ["target macro-F1", f"{summary['target_macro_f1']:.4f}"],
         ["source validation accuracy", f"{summary['source_validation_accuracy']:.4f}"],
         ["kept step", f"{summary['selected_step']} of {summary['config']['steps']} ({summary['selection']})"],
@@ -202,6 +202,16 @@ def _show_run(summary: dict[str, Any], as_json: bool) -> None:
         ["written to", summary["out"]],
     ]
     _table(["", ""], rows)
+
+
+def _how(summary: dict[str, Any]) -> str:
+    """What to add to the score of a run that was given the target's windows."""
+    if not summary["transductive"]:
+        return ""
+    return (
+        f" (transductive: all of the target's windows were used, unlabelled; the network alone "
+        f"{summary['network_target_accuracy']:.4f})"
+    )
 
 
 def _name(dataset: Dataset) -> str:
