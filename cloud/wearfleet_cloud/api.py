@@ -103,10 +103,10 @@ def evaluate(
         NotFoundError: no such run, or no such domain.
         ShapeError: the model is for other windows or classes.
     """
-    domain = build_scenario(scenario, data, _held_out(target)).target
     network = model.model if isinstance(model, TrainResult) else model
     if not isinstance(network, Classifier):
         network = load_model(Path(network))
+    domain = build_scenario(scenario, data, _held_out(target)).target
     return score(network, domain.x, domain.y, data.dataset.label_names)
 
 

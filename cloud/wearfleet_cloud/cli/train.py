@@ -57,7 +57,10 @@ def _train(
     cache_dir: CacheOption = None,
     scenario: ScenarioOption = "cross-person",
     target: TargetOption = "0",
-    algorithm: Annotated[str, typer.Option("--algorithm", help="See: wearfleet-cloud algorithms.")] = "erm",
+    algorithm: Annotated[
+        str,
+        typer.Option("--algorithm", help="See: wearfleet-cloud algorithms; or a .py file that holds one."),
+    ] = "erm",
     backbone: Annotated[str, typer.Option("--backbone", help="cnn or transformer.")] = "cnn",
     steps: Annotated[int, typer.Option("--steps", help="Number of updates.")] = 3000,
     seed: SeedOption = 0,
@@ -141,10 +144,11 @@ def _algorithms(as_json: JsonOption = False) -> None:
             ", ".join(info.needs) or "labels only",
             ", ".join(f"{name}={value:g}" for name, value in info.hyper.items()) or "-",
             info.inference,
+            f"no: {info.alone}" if info.alone else "yes",
         ]
         for info in infos
     ]
-    _table(["name", "paper", "family", "needs", "hyper-parameters", "inference network"], rows)
+    _table(["name", "paper", "family", "needs", "hyper-parameters", "inference network", "stacks"], rows)
 
 
 def _scenario(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from wearfleet_cloud.algorithms import ALGORITHMS, Algorithm
 from wearfleet_cloud.data.prepared import Prepared
 from wearfleet_cloud.data.scenarios import cross_person
 from wearfleet_cloud.training.config import TrainConfig
@@ -118,3 +119,8 @@ def test_what_must_be_equal_is_in_the_key_and_what_may_differ_is_not(
     assert len({stack_key(run) for run in [runs[0], *others]}) == 6
     with pytest.raises(ConfigError, match="2 different ones"):
         train_stacked([runs[0], others[0]], tmp_path)
+
+
+def test_what_looks_at_the_target_runs_alone() -> None:
+    for name, kind in ALGORITHMS.items():
+        assert kind.transduce is Algorithm.transduce or kind.info.alone, name

@@ -98,14 +98,6 @@ def test_another_key_is_another_run() -> None:
     assert not torch.equal(first.params["head.weight"], second.params["head.weight"])
 
 
-def test_metrics_are_means_over_the_steps() -> None:
-    first, second = _advance(range(1)), None
-    second = _advance(range(1, 2), first[0])
-    both = _advance(range(2))
-    expected = (first[1]["loss"] + second[1]["loss"]) / 2
-    torch.testing.assert_close(both[1]["loss"], expected, rtol=1e-6, atol=0.0)
-
-
 class _NoReading(TorchDispatchMode):
     """Fails on every operation that makes the host wait for a value of the device."""
 

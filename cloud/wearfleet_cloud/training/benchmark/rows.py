@@ -41,6 +41,7 @@ COLUMNS: Final = (
     *(column for rule in RULES for column in trial_columns(rule).values()),
     "kept_by",
     "mode",
+    "transductive",
     "hyper",
     "options",
     "steps",
@@ -103,6 +104,7 @@ def write_rows(rows: Sequence[Row], file: Path) -> None:
 def _results(summary: Mapping[str, Any]) -> dict[str, object]:
     plain = (
         "simulated",
+        "transductive",
         "split",
         "split_hash",
         "train_windows",

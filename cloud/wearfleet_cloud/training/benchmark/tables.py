@@ -18,6 +18,7 @@ class Setting:
         dataset, scenario, backbone: of the runs.
         simulated: True when no person was measured.
         methods: in the order of the grid.
+        transductive: those of them that were scored with the target's windows at hand.
         targets: (number or name as given, name of the domain).
         seeds: of the grid.
     """
@@ -27,6 +28,7 @@ class Setting:
     backbone: str
     simulated: bool
     methods: tuple[str, ...]
+    transductive: frozenset[str]
     targets: tuple[tuple[str, str], ...]
     seeds: tuple[int, ...]
 
@@ -43,6 +45,7 @@ def settings_of(rows: Sequence[Row]) -> list[Setting]:
                 *key,
                 simulated=any(row["simulated"] == "True" for row in own),
                 methods=tuple(dict.fromkeys(row["method"] for row in own)),
+                transductive=frozenset(row["method"] for row in own if row["transductive"] == "True"),
                 targets=tuple((t, names.get(t, t)) for t in dict.fromkeys(row["target"] for row in own)),
                 seeds=tuple(dict.fromkeys(int(row["seed"]) for row in own)),
             )
@@ -107,7 +110,8 @@ def _table(setting: Setting, chosen: dict[tuple[str, str], Chosen]) -> str:
         own = [chosen.get((method, target)) for target, _ in setting.targets]
         cells = [_percent(spread(one.by_seed.values()) if one else None) for one in own]
         total = overall(chosen, method, [target for target, _ in setting.targets])
-        lines.append(_line([method, *cells, _percent(total)]))
+        name = f"{method} (transductive)" if method in setting.transductive else method
+        lines.append(_line([name, *cells, _percent(total)]))
     return "\n".join([*lines, "", f"Seeds: {', '.join(map(str, setting.seeds))}."])
 
 
