@@ -76,7 +76,7 @@ def test_functions_take_what_the_commands_take(tmp_path: Path) -> None:
     for model in (run, run.model, run.folder, str(run.folder)):
         assert evaluate(model, people, target="02").accuracy == run.target_accuracy
     with pytest.raises(ConfigError, match="unknown setting 'speed'"):
-        train(people, "erm", out=tmp_path / "other", speed=9)
+        train(people, "erm", target="02", out=tmp_path / "other", speed=9)
     with pytest.raises(NotFoundError):
         evaluate(tmp_path / "nowhere", people)
 
