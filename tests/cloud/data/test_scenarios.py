@@ -11,6 +11,7 @@ from wearfleet_cloud.data.prepared import Prepared, prepare
 from wearfleet_cloud.data.scenarios import cross_person, person_groups, split_sources
 from wearfleet_cloud.data.simulator import Simulation, simulated_dataset
 from wearfleet_cloud.data.standardisation import standardisation_of
+from wearfleet_cloud.data.three_way import three_way
 from wearfleet_protos.errors import ConfigError, DataError, NotFoundError, ShapeError
 
 
@@ -75,6 +76,20 @@ def test_sources_split_into_parts_that_belong_to_them(people: Prepared, rule: st
         np.testing.assert_array_equal(train.x, people.windows.x[train.index])
         np.testing.assert_array_equal(validation.y, people.windows.activity[validation.index])
     assert (split.leaking == 0) == (rule == "block")
+
+
+def test_a_target_part_is_the_last_of_a_three_way_split_and_the_sources_stay_whole(people: Prepared) -> None:
+    part = replace(people, dataset=replace(people.dataset, target_part=0.2))
+    tested = set()
+    for seed in (1, 2, 3):
+        whole, scenario = cross_person(people, 1, seed), cross_person(part, 1, seed)
+        kept = whole.target.index[three_way(whole.target.y, 0.2, seed)[2]]
+        np.testing.assert_array_equal(scenario.target.index, kept)
+        np.testing.assert_array_equal(scenario.target.x, people.windows.x[kept])
+        np.testing.assert_array_equal(scenario.target.y, people.windows.activity[kept])
+        assert [len(d) for d in scenario.sources] == [len(d) for d in whole.sources]
+        tested.add(tuple(kept.tolist()))
+    assert len(tested) == 3
 
 
 def test_splitting_by_person_needs_domains_of_several_people(people: Prepared) -> None:

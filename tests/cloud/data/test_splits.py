@@ -77,6 +77,27 @@ def test_the_stratified_split_does_not_leak_without_overlap() -> None:
     assert stratified_split(apart, np.arange(len(apart)), 0.2, 0).leaking == 0
 
 
+@pytest.mark.parametrize("percent", [20, 40, 60, 80, 100])
+def test_the_three_way_split_keeps_so_much_to_train_on_and_counts_its_leaks(percent: int) -> None:
+    """240 windows: 144 to train on, 48 to select by, 48 left out."""
+    split = SPLITS[f"ddlearn-{percent}"](ALL, EVERY, 0.2, 0)
+    assert (len(split.train), len(split.validation)) == (144 * percent // 100, 48)
+    assert np.intersect1d(split.train, split.validation).size == 0
+    assert split.leaking == sum(brute_force_sharing(ALL, split.train, split.validation)) > 0
+    whole = SPLITS["ddlearn-100"](ALL, EVERY, 0.2, 0)
+    assert set(split.train) <= set(whole.train)
+    np.testing.assert_array_equal(split.validation, whole.validation)
+
+
+def test_a_part_of_a_set_is_split_by_positions_in_the_whole() -> None:
+    some = ALL.of_subjects(("p1", "p3"))
+    for rule in SPLITS:
+        split = SPLITS[rule](ALL, some, 0.2, 0)
+        assert set(split.train) | set(split.validation) <= set(some)
+        assert (np.diff(split.train) > 0).all()
+        assert (np.diff(split.validation) > 0).all()
+
+
 def test_a_block_is_one_stretch_of_each_person_and_activity() -> None:
     split = block_split(ALL, EVERY, 0.2, 3)
     for person in ALL.subjects():

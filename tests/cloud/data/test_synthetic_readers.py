@@ -141,6 +141,17 @@ def test_wesad_is_resampled_without_delay_in_canonical_units(tmp_path: Path, pro
     assert (recording.subject, recording.rate_hz, recording.position) == ("10", 33.0, "chest")
 
 
+@pytest.mark.parametrize(("change", "expected"), [(21, [0, 1, 1, 1]), (22, [0, 0, 1, 1]), (42, [0, 0, 1, 1])])
+def test_wesad_labels_are_those_of_the_last_sample_before(
+    tmp_path: Path, change: int, expected: list[int]
+) -> None:
+    """New samples lie at 0, 21.2, 42.4 and 63.6 of the original ones."""
+    labels = np.where(np.arange(700) < change, 1, 2)
+    official_layouts.write_wesad(tmp_path, {2: official_layouts.wesad_content(labels, "S2")})
+    (recording,) = read("wesad", tmp_path)
+    assert recording.labels[:4].tolist() == expected
+
+
 def test_wesad_keeps_slow_signals_and_drops_what_33_hz_cannot_carry(tmp_path: Path) -> None:
     time = np.arange(7000) / 700.0
     content = official_layouts.wesad_content(np.full(7000, 2), "S2")
