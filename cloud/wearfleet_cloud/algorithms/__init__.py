@@ -12,6 +12,7 @@ from wearfleet_cloud.algorithms.and_mask import AndMask
 from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, State
 from wearfleet_cloud.algorithms.coral import Coral
 from wearfleet_cloud.algorithms.dann import Dann
+from wearfleet_cloud.algorithms.ddlearn import DDLearn
 from wearfleet_cloud.algorithms.difex import Difex
 from wearfleet_cloud.algorithms.diversify import Diversify
 from wearfleet_cloud.algorithms.erm import Erm
@@ -67,6 +68,7 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "difex": Difex,
     "diversify": Diversify,
     "affar": Affar,
+    "ddlearn": DDLearn,
 }
 
 
