@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from algorithm_cases import DOMAINS, batch, build, step
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from algorithm_cases import DOMAINS, batch, build, model, step
 from torch import Tensor
 from wearfleet_cloud.algorithms.base import Batch, State
 from wearfleet_cloud.algorithms.group_dro import LOG_SHARES
@@ -53,6 +54,18 @@ def test_shares_sum_to_1_and_are_ordered_as_the_risks(eta: float) -> None:
     assert float(metrics["hardest"]) == float(shares.max())
 
 
+def test_the_gradient_is_that_of_the_risks_weighed_by_constant_shares() -> None:
+    """By plain torch in float64, each domain normalised by its own batch."""
+    ours = build("group-dro", Sgd())
+    state, given, twin = ours.init(), batch(ours), model().double().train()
+    risks = torch.stack([F.cross_entropy(twin(x.double()), y) for x, y in zip(given.x, given.y, strict=True)])
+    shares = torch.softmax(0.9 * risks.detach(), dim=0)
+    slopes = torch.autograd.grad((shares * risks).sum(), tuple(twin.parameters()))
+    after, _ = step(ours, state, given, 1, eta=0.9, lr=1.0)
+    for (name, before), slope in zip(state.params.items(), slopes, strict=True):
+        torch.testing.assert_close((before - after.params[name]).double(), slope, rtol=1e-3, atol=1e-5)
+
+
 def test_shares_follow_the_recurrence_of_the_paper() -> None:
     ours = build("group-dro", Sgd())
     state, given = ours.init(), batch(ours)
@@ -68,11 +81,10 @@ def test_a_share_that_vanished_comes_back() -> None:
     """In float32 a q that reached 0 would stay there; its logarithm does not."""
     ours = build("group-dro", Sgd())
     state, given = ours.init(), batch(ours)
-    hard = Batch(given.x, given.y)
     lost = torch.tensor([0.0, -200.0, -200.0])
     state = state._replace(buffers={**state.buffers, LOG_SHARES: lost})
     assert float(_shares(state)[1]) == 0.0
-    after, _ = step(ours, state, hard, 1, eta=1e4)
+    after, _ = step(ours, state, given, 1, eta=1e4)
     assert int(_shares(after).argmax()) == int(_risks(given).argmax())
 
 

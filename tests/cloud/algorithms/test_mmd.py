@@ -77,6 +77,18 @@ def test_only_the_two_smallest_fixed_bandwidths_have_a_slope_on_wide_features() 
     assert 1e-6 < slopes[1] < slopes[0]
 
 
+def test_padding_has_no_say_in_the_bandwidths() -> None:
+    ours = _mmd("median")
+    short = batch(ours, windows=4)
+    padded = Batch(
+        torch.cat([short.x, torch.full((3, 2, 3, 40), 9.0)], 1),
+        torch.cat([short.y, torch.zeros(3, 2, dtype=torch.int64)], 1),
+        torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]]).expand(3, 6),
+    )
+    one, other = (step(ours, ours.init(), given, 1)[1]["penalty"] for given in (padded, short))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("bandwidths", BANDWIDTHS)
 def test_mmd_makes_the_domains_more_alike(bandwidths: str) -> None:
     final = {}
