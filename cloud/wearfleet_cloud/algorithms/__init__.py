@@ -28,6 +28,7 @@ from wearfleet_cloud.algorithms.mldg import Mldg
 from wearfleet_cloud.algorithms.mmd import Mmd
 from wearfleet_cloud.algorithms.rsc import Rsc
 from wearfleet_cloud.algorithms.sdmix import SDMix
+from wearfleet_cloud.algorithms.sot import Sot
 from wearfleet_cloud.algorithms.urm import Urm
 from wearfleet_cloud.algorithms.vrex import VREx
 from wearfleet_cloud.training.optimisers import Optimiser
@@ -68,6 +69,7 @@ ALGORITHMS: Final[Mapping[str, type[Algorithm]]] = {
     "difex": Difex,
     "diversify": Diversify,
     "affar": Affar,
+    "sot": Sot,
     "ddlearn": DDLearn,
 }
 
