@@ -16,6 +16,7 @@ from wearfleet_cloud.kernels.sinkhorn.reference import costs, plan_of, potential
 from wearfleet_protos.errors import ConfigError, ShapeError
 
 FULL, PARTIAL = (0.2, 1.0, 10, "squared"), (0.2, 0.6, 10, "euclidean")
+FEW = [(0.2, 1.0, 3, "squared"), (0.2, 0.6, 3, "euclidean")]  # iterations: a streamed one is many launches
 
 
 def make(problems, n, m, width, *, dtype=torch.float32, prior=False, scale=1.0, seed=0):
@@ -97,17 +98,22 @@ def test_the_whole_kernel_is_the_reference(settings, prior, shape, device):
     check(kernel.transport_triton, make(*shape, prior=prior), settings, device)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [FULL, PARTIAL])
+@pytest.mark.parametrize("settings", FEW)
 @pytest.mark.parametrize("prior", [False, True])
 def test_the_streamed_kernel_is_the_reference(settings, prior, device, monkeypatch):
     monkeypatch.setattr(kernel, "MOST_SMALL", 0)
     check(kernel.transport_triton, make(2, 17, 33, 5, prior=prior), settings, device)
 
 
-@pytest.mark.slow
-def test_many_points_in_several_slabs(device):
-    check(kernel.transport_triton, make(1, 600, 129, 4), (0.5, 1.0, 3, "squared"), device)
+@pytest.mark.parametrize("shape", [(1, 129, 1, 2), (1, 2, 1023, 3), (1, 1023, 2, 3)])
+def test_points_beyond_one_program(shape, device):
+    for settings in FEW:
+        check(kernel.transport_triton, make(*shape), settings, device)
+
+
+def test_slabs_of_rows_make_the_whole_gradient(device, monkeypatch):
+    monkeypatch.setattr(kernel, "_SLAB", 16)
+    check(kernel.transport_triton, make(1, 40, 33, 5), PARTIAL, device)  # slabs of 16, 16 and 8
 
 
 def test_bfloat16_is_rounded_only_on_the_way_in_and_out(device):
@@ -119,7 +125,7 @@ def test_the_scale_of_the_features_does_not_matter(scale, device):
     check(kernel.transport_triton, make(2, 17, 20, 9, scale=scale), FULL, device)
 
 
-@pytest.mark.parametrize("settings", [FULL, PARTIAL])
+@pytest.mark.parametrize("settings", FEW)
 @pytest.mark.parametrize("small", [64, 0])
 def test_what_all_points_have_in_common_costs_no_digits(settings, small, device, monkeypatch):
     monkeypatch.setattr(kernel, "MOST_SMALL", small)
@@ -162,14 +168,16 @@ def test_stacked_runs_are_single_runs(device):
         ("cost *= tl.exp(exponent - cost *", "cost *= tl.exp(exponent - 0.99 * cost *", False),
         ("weight = tl.where(away > least, weight / away, 0.0)", "weight = tl.where(away > least, weight, 0.0)", False),
         ("by_y += part.sum(1)[..., None] * wide_y -", "by_y += part.sum(1)[..., None] * wide_y +", False),
+        ("by_y += part.sum(1)", "by_y = part.sum(1)", False),
     ],
 )  # fmt: skip
 def test_a_planted_error_is_found(old, new, streamed, device):
     wrong = planted(kernel, old, new)
+    wrong._SLAB = 16
     if streamed:
         wrong.MOST_SMALL = 0
     with pytest.raises(AssertionError):
-        check(wrong.transport_triton, make(2, 17, 33, 5), PARTIAL, device)
+        check(wrong.transport_triton, make(2, 17, 33, 5), FEW[1], device)
 
 
 def test_sums_of_a_full_plan_are_its_masses():

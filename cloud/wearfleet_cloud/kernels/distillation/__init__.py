@@ -1,5 +1,6 @@
 """Learn from a teacher's logits and from labels at once; the maths is in README.md."""
 
+import torch
 from torch import Tensor
 from wearfleet_protos.errors import ConfigError, ShapeError
 
@@ -37,7 +38,7 @@ def distillation(
         beta: above 0 and below 1; of "jensen-shannon".
 
     Returns:
-        ().
+        (), float32 or wider.
 
     Raises:
         ShapeError: shapes that do not fit each other.
@@ -58,6 +59,8 @@ def distillation(
             return kernel.distillation_triton(
                 student, teacher, labels, weight, divergence, temperature, alpha, beta
             )
+    wide = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = student.to(wide), teacher.to(wide)
     return distillation_reference(student, teacher, labels, weight, divergence, temperature, alpha, beta)
 
 

@@ -1,5 +1,6 @@
 """Distillation losses by their definitions."""
 
+import math
 from typing import Final, Literal
 
 import torch
@@ -47,7 +48,9 @@ def distillation_reference(
     elif divergence == "reverse":
         losses = _kl(log_q, log_p)
     else:
-        log_m = torch.log(beta * log_p.exp() + (1.0 - beta) * log_q.exp())
+        log_m = torch.logaddexp(
+            math.log(beta) + log_p, math.log1p(-beta) + log_q
+        )  # two far tails are not log 0
         losses = beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m)
     losses = alpha * temperature**2 * losses
     if labels is not None:

@@ -30,7 +30,7 @@ def mmd(features: Tensor, gammas: Tensor, weight: Tensor | None = None) -> Tenso
         weight: (D, B) of every window, 0 for padding, None for ones; has no gradient.
 
     Returns:
-        () from 0 to 2 G; 0 for one domain.
+        (), float32 or wider, from 0 to 2 G; 0 for one domain.
 
     Raises:
         ShapeError: shapes that do not fit each other.
@@ -44,7 +44,7 @@ def mmd(features: Tensor, gammas: Tensor, weight: Tensor | None = None) -> Tenso
     if weight is not None and weight.shape != features.shape[:2]:
         raise ShapeError(f"weight must be {tuple(features.shape[:2])}, got {tuple(weight.shape)}")
     if features.shape[0] == 1:
-        return features.new_zeros(())
+        return features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
     gammas = gammas.detach()
     if takes_triton(features, gammas, *([] if weight is None else [weight])):
         from wearfleet_cloud.kernels.mmd import kernel  # noqa: PLC0415  only where Triton is

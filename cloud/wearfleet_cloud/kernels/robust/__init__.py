@@ -2,7 +2,8 @@
 
 Updates may lie on another device than the one that computes, in a file mapped into memory for example: they are taken
 slice by slice. Beside input and result lie one slice (64 MiB of a GPU, 1 MiB of a processor), its float64 copy where a
-processor adds, and for distances two more matrices of all pairs.
+processor adds, and for distances two more matrices of all pairs. Nothing here runs under ``torch.func.vmap``: what is
+computed depends on sizes and on whether numbers are in range.
 """
 
 from collections.abc import Callable, Iterator

@@ -87,15 +87,17 @@ def transport_plan(
     """The plan itself, of the same problem: (Q, N, M), rows sum to at most a, all to ``mass``; a constant.
 
     Arguments and errors as ``transport_loss``. What its sums miss of a, b and ``mass`` tells how far it has converged.
+    Works under ``torch.func.vmap``.
     """
     a, b = _check(x, y, a, b, prior, epsilon, mass, iterations, metric)
+    wide = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad():
-        cost = costs(x, y, metric, prior)
+        cost = costs(x.to(wide), y.to(wide), metric, prior)
         if takes_triton(x, y, a, b, *([] if prior is None else [prior])):
             from wearfleet_cloud.kernels.sinkhorn import kernel  # noqa: PLC0415  only where Triton is
 
             _, u, v, mean = kernel.transport_triton(x, y, a, b, prior, epsilon, mass, iterations, metric)
-            return plan_of(cost.float() / (mean * epsilon)[:, None, None], u, v)
+            return plan_of(cost / (mean * epsilon)[:, None, None], u, v)
         scaled = cost / (cost.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12) * epsilon)
         return plan_of(scaled, *potentials(scaled, a, b, mass, iterations))
 
@@ -113,6 +115,8 @@ def group_lasso_plan(
 ) -> Tensor:
     """Plan of a transport in which every column prefers to receive from one group of rows.
 
+    Works under ``torch.func.vmap``.
+
     Args:
         cost: (Q, N, M).
         groups: (Q, N) int64 class of every row, not negative.
@@ -124,7 +128,7 @@ def group_lasso_plan(
         iterations: in every step, at least 1.
 
     Returns:
-        (Q, N, M), a constant; columns sum to b.
+        (Q, N, M), float32 or wider, a constant; columns sum to b.
 
     Raises:
         ShapeError: shapes that do not fit each other.
@@ -151,6 +155,7 @@ def group_lasso_plan(
 
             if max(cost.shape[1:]) <= kernel.MOST_SMALL:
                 return kernel.group_lasso_triton(cost, a, b, groups, epsilon, eta, outer, iterations)
+        cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
         return group_lasso_reference(cost, a, b, groups, epsilon, eta, outer, iterations)
 
 

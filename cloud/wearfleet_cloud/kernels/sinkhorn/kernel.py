@@ -13,6 +13,7 @@ from wearfleet_cloud.kernels.sinkhorn.reference import LEAST_DISTANCE, LEAST_MAS
 __all__ = ["MOST_SMALL", "group_lasso_triton", "transport_triton"]
 
 MOST_SMALL = 64  # points on each side of a problem that one program holds whole
+_SLAB = 256  # rows of a slab at least, work enough for a product
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,12 @@ class _Form:
     iterations: int
     metric: Metric
     prior: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    outer: int
+    iterations: int
 
 
 @triton.jit
@@ -426,7 +433,7 @@ def _launch_backward(
     problems, n, width = x.shape
     m, blocks = y.shape[1], _blocks(x.shape[1], y.shape[1])
     scale, upstream = (1.0 / (mean * form.epsilon)).contiguous(), (gradient / mean).contiguous()
-    height = min(n, max(256, 2 * width))
+    height = min(n, max(_SLAB, 2 * width))
     slab = wide_x.new_empty((problems * height * m,))
     by_x, by_y = wide_x.new_empty(x.shape), torch.zeros_like(wide_y)
     for first in range(0, n, height):
@@ -443,6 +450,25 @@ def _launch_backward(
     return tuple(tensor for tensor, needed in zip(found, needs, strict=True) if needed)
 
 
+def _launch_lasso(
+    steps: object, cost: Tensor, a: Tensor, b: Tensor, groups: Tensor, epsilon: Tensor, eta: Tensor
+) -> tuple[Tensor, ...]:
+    assert isinstance(steps, _Steps)
+    problems, n, m = cost.shape
+    plan = cost.new_empty(cost.shape, dtype=torch.float32)
+    _group_lasso[problems,](
+        cost.float().contiguous(), a.float().contiguous(), b.float().contiguous(), groups.contiguous(),
+        epsilon.float().contiguous(), eta.float().contiguous(), plan, n, m, steps.outer, steps.iterations,
+        LEAST_MASS, **_whole(n, m),
+    )  # fmt: skip
+    return (plan,)
+
+
+def _no_slope(*_: object) -> tuple[Tensor, ...]:
+    return ()
+
+
+_lasso = operation(_launch_lasso, _no_slope, values=0, differentiable=0, constants=1)
 _transport = operation(_launch_forward, _launch_backward, values=1, differentiable=2, constants=3)
 
 
@@ -476,11 +502,4 @@ def group_lasso_triton(
     iterations: int,
 ) -> Tensor:
     """As ``group_lasso_reference`` for at most ``MOST_SMALL`` points on each side; float32, no gradient."""
-    problems, n, m = cost.shape
-    plan = cost.new_empty(cost.shape, dtype=torch.float32)
-    _group_lasso[problems,](
-        cost.float().contiguous(), a.float().contiguous(), b.float().contiguous(), groups.contiguous(),
-        epsilon.float().contiguous(), eta.float().contiguous(), plan, n, m, outer, iterations, LEAST_MASS,
-        **_whole(n, m),
-    )  # fmt: skip
-    return plan
+    return _lasso(_Steps(outer, iterations), cost, a, b, groups, epsilon, eta)[0]

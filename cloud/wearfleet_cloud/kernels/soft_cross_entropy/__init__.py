@@ -1,5 +1,6 @@
 """Cross-entropy of every domain against hard, mixed, smoothed or dense targets; the maths is in README.md."""
 
+import torch
 from torch import Tensor
 from wearfleet_protos.errors import ConfigError, ShapeError
 
@@ -32,7 +33,7 @@ def soft_cross_entropy(
         smoothing: part of every target that goes to all classes evenly.
 
     Returns:
-        (D,); 0 for a domain whose windows all have weight 0.
+        (D,), float32 or wider; 0 for a domain whose windows all have weight 0.
 
     Raises:
         ShapeError: shapes that do not fit each other.
@@ -45,6 +46,8 @@ def soft_cross_entropy(
 
         if logits.shape[-1] <= kernel.MOST_CLASSES:
             return kernel.soft_cross_entropy_triton(logits, labels, other, share, weight, smoothing)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits, labels = logits.to(wide), labels.to(wide) if labels.is_floating_point() else labels
     return soft_cross_entropy_direct(logits, labels, other, share, weight, smoothing)
 
 
