@@ -245,3 +245,25 @@ def test_training_leaves_the_global_generator_of_torch_alone(
     before = torch.get_rng_state()
     _train(small_scenario, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_transductive_run_is_scored_by_what_the_algorithm_found_and_keeps_the_network(
+    small_scenario: Scenario, tmp_path: Path
+) -> None:
+    erm = _train(small_scenario, tmp_path / "erm").summary
+    config = replace(_CONFIG, hyper={"clusters": 12.0})
+    result = _train(small_scenario, tmp_path / "sot", "sot", config)
+    sot, rows = result.summary, _rows(tmp_path / "sot")
+    assert (erm["transductive"], sot["transductive"]) == (False, True)
+    assert sot["network_target_accuracy"] == erm["network_target_accuracy"] == erm["target_accuracy"]
+    assert sot["source_validation_accuracy"] == erm["source_validation_accuracy"]
+    assert sot["target_accuracy"] != erm["target_accuracy"]
+    confusion = np.array(sot["target_confusion"])
+    assert confusion.sum() == len(small_scenario.target)
+    assert sot["target_accuracy"] == confusion.trace() / confusion.sum()
+    kept = sot["selections"]["source-validation"]
+    assert kept["target_accuracy"] == sot["target_accuracy"]
+    assert {row["target_accuracy"] for row in rows} == {
+        sot["target_accuracy"]
+    }  # fixed statistics, no network
+    assert result.model.spec == load_model(tmp_path / "erm").spec
