@@ -13,6 +13,10 @@ import typer
 
 if TYPE_CHECKING:
     from wearfleet_cloud.data.dataset import Progress
+    from wearfleet_cloud.training.benchmark.execution import Place
+    from wearfleet_cloud.training.benchmark.grid import Cell
+    from wearfleet_cloud.training.benchmark.rows import Row
+    from wearfleet_cloud.training.benchmark.run_figures import Projection
 
 __all__ = ["register"]
 
@@ -62,12 +66,22 @@ def _benchmark(
     stack: Annotated[
         int, typer.Option("--stack", min=1, help="Runs that advance together; pays on a GPU.")
     ] = 1,
+    show: Annotated[
+        str, typer.Option("--show", help="Methods whose confusions and features are drawn, with commas.")
+    ] = "",
+    projection: Annotated[str, typer.Option("--projection", help="Of the features: pca or tsne.")] = "pca",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and no progress.")] = False,
 ) -> None:
     """Compare algorithms on a grid of data sets, scenarios, targets, configurations and seeds."""
+    from wearfleet_protos.errors import ConfigError
+
     from wearfleet_cloud.data.prepared import default_cache_dir
     from wearfleet_cloud.training.benchmark import Execution, Grid, Place, benchmark
+    from wearfleet_cloud.training.benchmark.run_figures import PROJECTIONS
 
+    if projection not in PROJECTIONS:
+        raise ConfigError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
+    how = Execution(workers, stack)
     grid = Grid(
         datasets=_names(datasets),
         scenarios=_names(scenarios),
@@ -82,13 +96,31 @@ def _benchmark(
     )
     place = Place(out, data_root, cache_dir or default_cache_dir())
     with _progress(as_json) as progress:
-        rows = benchmark(grid, place, Execution(workers, stack), progress)
-    failed = [row for row in rows if row["error"]]
+        finished = benchmark(grid, place, how, progress)
+        pictures = _pictures(finished, place, _names(show), PROJECTIONS[projection], progress)
+    failed = sum(bool(row["error"]) for row in finished.values())
     if as_json:
-        print(json.dumps({"out": str(out), "runs": len(rows), "failed": len(failed)}))
+        print(json.dumps({"out": str(out), "runs": len(finished), "failed": failed, "pictures": pictures}))
         return
     print((out / "table-source-validation.md").read_text())
-    print(f"{len(rows)} runs, {len(failed)} failed: {out / 'runs.csv'}; one table a selection rule beside it")
+    print(
+        f"{len(finished)} runs, {failed} failed: {out / 'runs.csv'}; one table a selection rule and ", end=""
+    )
+    print(f"{len(pictures)} pictures beside it")
+
+
+def _pictures(
+    finished: dict[Cell, Row],
+    place: Place,
+    methods: tuple[str, ...],
+    projection: Projection,
+    progress: Progress,
+) -> list[str]:
+    from wearfleet_cloud.training.benchmark.pictures import draw_comparisons, draw_runs
+
+    files = draw_comparisons(list(finished.values()), place.out)
+    files += draw_runs(finished, place, methods, projection, progress)
+    return [file.name for file in files]
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -123,7 +155,8 @@ def _progress(quiet: bool) -> Iterator[Progress]:
         TextColumn("{task.fields[left]}"),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
-        tasks = {name: bars.add_task(name, total=None, left="") for name in ("runs", "training")}
+        names = ("runs", "training", "pictures")
+        tasks = {name: bars.add_task(name, total=None, left="", visible=name == "runs") for name in names}
         began = time.monotonic()
         first: list[int] = []
 
@@ -132,7 +165,7 @@ def _progress(quiet: bool) -> Iterator[Progress]:
             if what == "runs":
                 first[:] = first or [done]
                 left = _time_left(time.monotonic() - began, done - first[0], total - done)
-            bars.update(tasks[what], completed=done, total=total, left=left)
+            bars.update(tasks[what], completed=done, total=total, left=left, visible=True)
 
         yield show
 

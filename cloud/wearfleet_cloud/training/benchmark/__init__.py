@@ -52,7 +52,7 @@ class Execution:
             raise ConfigError(f"workers and stack must be at least 1, got {self.workers} and {self.stack}")
 
 
-def benchmark(grid: Grid, place: Place, how: Execution, progress: Progress = silent) -> list[Row]:
+def benchmark(grid: Grid, place: Place, how: Execution, progress: Progress = silent) -> dict[Cell, Row]:
     """Make every run of a grid that is not made yet, and write ``runs.csv`` and the tables.
 
     Args:
@@ -62,7 +62,7 @@ def benchmark(grid: Grid, place: Place, how: Execution, progress: Progress = sil
         progress: called with ("runs", finished, all), and with ("training", ...) as ``train`` does.
 
     Returns:
-        The rows, in the order of the grid.
+        The row of every run, in the order of the grid.
 
     Raises:
         ConfigError: no data set can give any of the scenarios, or a bad target.
@@ -92,11 +92,12 @@ def benchmark(grid: Grid, place: Place, how: Execution, progress: Progress = sil
             if time.monotonic() - written > _EVERY_S:
                 write_rows([done[cell] for cell in wanted if cell in done], place.out / "runs.csv")
                 written = time.monotonic()
-        rows = [done[cell] for cell in wanted if cell in done]
+        finished = {cell: done[cell] for cell in wanted}
+        rows = list(finished.values())
         write_rows(rows, place.out / "runs.csv")
         for rule in RULES:
             write_atomically(place.out / f"table-{rule}.md", markdown(rows, rule).encode())
-        return rows
+        return finished
 
 
 def _performed(tasks: Sequence[Task], how: Execution, progress: Progress) -> Iterator[Task]:

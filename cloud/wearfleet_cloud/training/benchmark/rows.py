@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from wearfleet_protos.errors import IntegrityError
+
 from wearfleet_cloud.training.benchmark.grid import Cell
 from wearfleet_cloud.training.checkpoint import write_atomically
 from wearfleet_cloud.training.selection import RULES
@@ -70,6 +72,9 @@ def read_row(cell: Cell, folder: Path) -> Row | None:
     Args:
         cell: of the grid.
         folder: of the run.
+
+    Raises:
+        IntegrityError: its result is not one of this version.
     """
     result, failure = folder / RESULT_FILE, folder / FAILURE_FILE
     about = {
@@ -85,10 +90,15 @@ def read_row(cell: Cell, folder: Path) -> Row | None:
         "device": cell.device,
         "command": cell.command(),
     }
-    if result.is_file():
-        return _row({**about, **_results(json.loads(result.read_text()))})
-    if failure.is_file():
-        return _row({**about, **json.loads(failure.read_text())})
+    try:
+        if result.is_file():
+            return _row({**about, **_results(json.loads(result.read_text()))})
+        if failure.is_file():
+            return _row({**about, **json.loads(failure.read_text())})
+    except (KeyError, ValueError) as error:
+        raise IntegrityError(
+            f"{folder} does not hold a result of this version ({error!r}); delete it, or choose another --out"
+        ) from error
     return None
 
 

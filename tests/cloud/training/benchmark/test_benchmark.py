@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from wearfleet_cloud.training.benchmark import Execution, Grid, Place, benchmark
+from wearfleet_cloud.training.benchmark.pictures import chosen_cells, draw_comparisons, draw_runs
 from wearfleet_cloud.training.benchmark.rows import COLUMNS, TIME_COLUMNS
 from wearfleet_protos.errors import ConfigError, ConflictError
 
@@ -57,7 +58,7 @@ def _rows(out: Path) -> list[dict[str, str]]:
 
 
 def test_a_benchmark_writes_one_row_a_run_and_one_table_a_rule(grid: Grid, place: Place) -> None:
-    rows = benchmark(grid, place, Execution())
+    rows = list(benchmark(grid, place, Execution()).values())
     written = _rows(place.out)
     assert len(rows) == len(written) == 8
     assert [(r["method"], r["target"], r["seed"]) for r in written] == [
@@ -83,13 +84,30 @@ def test_a_benchmark_writes_one_row_a_run_and_one_table_a_rule(grid: Grid, place
     assert "upper bound" not in tables["source-validation"]
 
 
+def test_runs_that_were_chosen_are_drawn(grid: Grid, place: Place) -> None:
+    finished = benchmark(replace(grid, methods=("erm", "coral"), seeds=(1, 0)), place, Execution())
+    cells = chosen_cells(finished)
+    assert [(cell.method, cell.target, cell.seed) for cell in cells] == [
+        (m, t, 1) for m in ("erm", "coral") for t in "02"
+    ]
+    files = draw_comparisons(list(finished.values()), place.out)
+    assert [file.name for file in files] == [
+        f"ranks-{rule}.png" for rule in ("source-validation", "mixup-validation", "oracle")
+    ]
+    files += draw_runs(finished, place, ["coral"], "pca")
+    assert len(files) == 3 + 2 * 2
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    with pytest.raises(ConfigError, match="no method 'dann'"):
+        draw_runs(finished, place, ["dann"], "pca")
+
+
 def test_the_command_of_a_row_makes_the_same_run(grid: Grid, place: Place, tmp_path: Path) -> None:
     import shlex
 
     rows = benchmark(
         replace(grid, methods=("mixup",), configurations=2, seeds=(3,), targets=("1",)), place, Execution()
     )
-    row = rows[1]
+    row = list(rows.values())[1]
     words = shlex.split(row["command"].replace("DIR", str(tmp_path / "again")))
     _run([*words[1:], "--cache-dir", str(place.cache_dir), "--json"])
     again = json.loads((tmp_path / "again" / "result.json").read_text())
@@ -121,18 +139,18 @@ def test_a_grid_may_grow_and_finished_runs_are_not_made_again(grid: Grid, place:
 
 def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(grid: Grid, place: Place) -> None:
     small = replace(grid, methods=("erm",), targets=("0", "9"), seeds=(0,))
-    rows = benchmark(small, place, Execution())
+    rows = list(benchmark(small, place, Execution()).values())
     assert [bool(row["error"]) for row in rows] == [False, True]
     assert "expected one of the groups 0 to 2, got target 9" in rows[1]["error"]
     assert "## Runs that failed" in (place.out / "table-oracle.md").read_text()
-    assert benchmark(small, place, Execution()) == rows
+    assert list(benchmark(small, place, Execution()).values()) == rows
 
 
 def test_stacked_runs_give_the_rows_of_single_ones(grid: Grid, place: Place) -> None:
     # Two windows fewer or more may be right: stacked sums have another order.
-    alone = benchmark(grid, place, Execution())
+    alone = benchmark(grid, place, Execution()).values()
     other = replace(place, out=place.out.parent / "stacked")
-    together = benchmark(grid, other, Execution(stack=4))
+    together = benchmark(grid, other, Execution(stack=4)).values()
     assert [row["stacked"] for row in together] == ["4"] * 8
     for one, two in zip(alone, together, strict=True):
         assert one["id"] == two["id"]
