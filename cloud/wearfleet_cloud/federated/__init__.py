@@ -7,17 +7,27 @@ from typing import Final
 from wearfleet_protos.errors import ConfigError
 
 from wearfleet_cloud.federated.base import Strategy
+from wearfleet_cloud.federated.fedadagrad import FedAdagrad
+from wearfleet_cloud.federated.fedadam import FedAdam
 from wearfleet_cloud.federated.fedavg import FedAvg
+from wearfleet_cloud.federated.fedavgm import FedAvgM
 from wearfleet_cloud.federated.fedbn import FedBN
 from wearfleet_cloud.federated.fedprox import FedProx
+from wearfleet_cloud.federated.fedyogi import FedYogi
 from wearfleet_cloud.federated.training_options import LocalTraining, parse_options
 
 __all__ = ["STRATEGIES", "create_strategy"]
 
-STRATEGIES: Final[Mapping[str, type[FedAvg | FedProx | FedBN]]] = {
+_Class = type[FedAdagrad | FedAdam | FedAvg | FedAvgM | FedBN | FedProx | FedYogi]
+
+STRATEGIES: Final[Mapping[str, _Class]] = {
+    "fedadagrad": FedAdagrad,
+    "fedadam": FedAdam,
     "fedavg": FedAvg,
+    "fedavgm": FedAvgM,
     "fedbn": FedBN,
     "fedprox": FedProx,
+    "fedyogi": FedYogi,
 }
 
 

@@ -6,7 +6,7 @@ clients there are, and the result is the same bit for bit. Means are updated inc
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, Literal
 
@@ -16,7 +16,17 @@ from wearfleet_protos.errors import AggregationError, ShapeError
 from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.tensors import TensorRole, TensorSpec, check_finite, check_tensors
 
-__all__ = ["Arrays", "Averaged", "Averaging", "Contribution", "average", "check_update"]
+__all__ = [
+    "Arrays",
+    "Averaged",
+    "Averaging",
+    "Contribution",
+    "Mean",
+    "average",
+    "check_update",
+    "moved",
+    "weighted_mean",
+]
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -32,11 +42,15 @@ class Contribution:
         client: identity; a client counts once.
         num_examples: windows it trained on, > 0.
         load: gives the uploaded tensors; called once, when it is this client's turn.
+        num_steps: optimiser steps it made.
+        scale: factor of what it trained; statistics of normalisation and counters are taken as they are.
     """
 
     client: str
     num_examples: int
     load: Callable[[], Arrays]
+    num_steps: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +75,26 @@ class Averaged:
         tensors: every tensor of the current ones, changed where updates were uploaded.
         clients: in the order of folding.
         num_examples: of all clients together.
+        state: what the strategy keeps on the server for its next round; empty when it keeps nothing.
     """
 
     tensors: dict[str, NDArray[np.generic]]
+    clients: tuple[str, ...]
+    num_examples: int
+    state: Arrays = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The weighted mean of what clients sent.
+
+    Args:
+        values: float64 (counters in their own type) by name; differences where differences were sent.
+        clients: in the order of folding.
+        num_examples: of all clients together.
+    """
+
+    values: dict[str, NDArray[Any]]
     clients: tuple[str, ...]
     num_examples: int
 
@@ -93,11 +124,30 @@ def average(
     contributions: Iterable[Contribution],
     averaging: Averaging = Averaging(),
 ) -> Averaged:
-    """Fold the updates of a round into the global tensors.
+    """Fold the updates of a round into the global tensors: :func:`weighted_mean`, then :func:`moved`.
 
-    x <- sum_i w_i y_i, with y_i the client's tensors (x + delta_i for differences). Statistics of normalisation come in
-    pairs, mean then variance, in the order of ``specs``; with moments v = sum_i w_i (v_i + (mu_i - mu)^2). Counters
-    take the largest. A server optimiser never touches either.
+    Returns:
+        The new global tensors, in the types of the current ones.
+
+    Raises:
+        AggregationError: as :func:`weighted_mean`.
+    """
+    mean = weighted_mean(specs, upload, current, contributions, averaging)
+    return Averaged(moved(current, mean, upload), mean.clients, mean.num_examples)
+
+
+def weighted_mean(
+    specs: Sequence[TensorSpec],
+    upload: UploadSpec,
+    current: Arrays,
+    contributions: Iterable[Contribution],
+    averaging: Averaging = Averaging(),
+) -> Mean:
+    """The mean of the updates of a round.
+
+    sum_i w_i s_i y_i, with y_i what client i sent and s_i its scale. Statistics of normalisation come in pairs, mean
+    then variance, in the order of ``specs``; with moments v = sum_i w_i (v_i + (mu_i - mu)^2). Counters take the
+    largest. A server optimiser never touches either.
 
     Args:
         specs: the plan's tensors in their order (``Plan.tensors``).
@@ -105,9 +155,6 @@ def average(
         current: global tensors that the clients started from.
         contributions: any order.
         averaging: weights.
-
-    Returns:
-        The new global tensors, in the types of the current ones.
 
     Raises:
         AggregationError: no contributions, a client twice, a count below one, or an update that does not fit.
@@ -128,12 +175,17 @@ def average(
         _check_variances(contribution.client, update, current if upload.form == "delta" else {}, pairs)
         weight = float(contribution.num_examples) if averaging.weighting == "examples" else 1.0
         weight_before += weight
-        _fold(wanted, pooled, means, update, weight / weight_before)
-    return Averaged(
-        {name: _finish(name, array, means, upload) for name, array in current.items()},
-        tuple(c.client for c in ordered),
-        sum(c.num_examples for c in ordered),
-    )
+        _fold(wanted, pooled, means, update, (weight / weight_before, contribution.scale))
+    return Mean(means, tuple(c.client for c in ordered), sum(c.num_examples for c in ordered))
+
+
+def moved(current: Arrays, mean: Mean, upload: UploadSpec) -> dict[str, NDArray[np.generic]]:
+    """The current tensors with the mean in place of those that were uploaded (added to them, if it is of differences).
+
+    Returns:
+        Every tensor of ``current``, in its type; what was uploaded beside them is left out.
+    """
+    return {name: _finish(name, array, mean.values, upload) for name, array in current.items()}
 
 
 def _check_contributions(contributions: Iterable[Contribution]) -> tuple[Contribution, ...]:
@@ -152,8 +204,10 @@ def _check_contributions(contributions: Iterable[Contribution]) -> tuple[Contrib
 
 
 def _check_current(current: Arrays, wanted: Sequence[TensorSpec]) -> None:
+    """A tensor that begins with zeros on the client has no global one."""
+    known = [spec for spec in wanted if spec.origin != "zeros"]
     try:
-        check_tensors({s.name: current[s.name] for s in wanted if s.name in current}, wanted)
+        check_tensors({s.name: current[s.name] for s in known if s.name in current}, known)
     except ShapeError as error:
         raise AggregationError(f"current global tensors are not those of the plan: {error}") from error
 
@@ -193,28 +247,32 @@ def _fold(
     pairs: Mapping[str, str],
     means: dict[str, NDArray[Any]],
     update: Mapping[str, NDArray[Any]],
-    share: float,
+    weights: tuple[float, float],
 ) -> None:
-    """Take one client in, with ``share`` = its weight / weight so far; changes ``means``.
+    """Take one client in, with ``weights`` = (its weight / weight so far, its scale); changes ``means``.
 
     Differences are averaged as they are: the spread of means does not depend on where they are counted from.
     """
+    share, scale = weights
     spread = {variance: update[mean] - means[mean] for variance, mean in pairs.items()}
     for spec in specs:
         if spec.role == TensorRole.COUNTER:
             means[spec.name] = np.maximum(means[spec.name], update[spec.name])
             continue
-        _move(means[spec.name], update[spec.name], share)
+        own_scale = 1.0 if spec.role == TensorRole.NORM_STAT else scale
+        _move(means[spec.name], update[spec.name], share, own_scale)
         if spec.name in spread:
             means[spec.name] += share * (1.0 - share) * spread[spec.name] ** 2
 
 
-def _move(mean: NDArray[Any], towards: NDArray[Any], share: float) -> None:
-    """Mean += (towards - mean) * share, in place and in blocks that stay in the cache."""
+def _move(mean: NDArray[Any], towards: NDArray[Any], share: float, scale: float) -> None:
+    """Mean += (scale towards - mean) * share, in place and in blocks that stay in the cache."""
     flat, other = mean.reshape(-1), towards.reshape(-1)
     for begin in range(0, flat.size, _BLOCK):
-        block = flat[begin : begin + _BLOCK]
-        difference = np.subtract(other[begin : begin + _BLOCK], block, dtype=np.float64)
+        block, target = flat[begin : begin + _BLOCK], other[begin : begin + _BLOCK]
+        if scale != 1.0:
+            target = np.multiply(target, scale, dtype=np.float64)
+        difference = np.subtract(target, block, dtype=np.float64)
         difference *= share
         block += difference
 

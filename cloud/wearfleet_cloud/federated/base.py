@@ -73,6 +73,21 @@ class Strategy(Protocol):
         """
 
     def server(
-        self, specs: Sequence[TensorSpec], current: Arrays, contributions: Iterable[Contribution]
+        self,
+        specs: Sequence[TensorSpec],
+        current: Arrays,
+        state: Arrays,
+        contributions: Iterable[Contribution],
     ) -> Averaged:
-        """Fold the updates of a round into the global tensors; see ``aggregate.average``."""
+        """Fold the updates of a round into the global tensors.
+
+        Args:
+            specs: ``Plan.tensors``.
+            current: global tensors that the clients started from.
+            state: what the last aggregation left in ``Averaged.state``; empty before the first one. A round that is
+                skipped leaves it as it was.
+            contributions: any order.
+
+        Raises:
+            AggregationError: see ``aggregate.weighted_mean``.
+        """

@@ -47,7 +47,11 @@ class FedAvg:
         return local_program(model, self.local)
 
     def server(
-        self, specs: Sequence[TensorSpec], current: Arrays, contributions: Iterable[Contribution]
+        self,
+        specs: Sequence[TensorSpec],
+        current: Arrays,
+        state: Arrays,  # noqa: ARG002 - it keeps nothing
+        contributions: Iterable[Contribution],
     ) -> Averaged:
         """The weighted mean of what the clients have."""
         return average(specs, self.info.upload(), current, contributions, self.averaging)

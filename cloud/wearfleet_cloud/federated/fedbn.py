@@ -58,7 +58,11 @@ class FedBN:
         return program
 
     def server(
-        self, specs: Sequence[TensorSpec], current: Arrays, contributions: Iterable[Contribution]
+        self,
+        specs: Sequence[TensorSpec],
+        current: Arrays,
+        state: Arrays,  # noqa: ARG002 - it keeps nothing
+        contributions: Iterable[Contribution],
     ) -> Averaged:
         """The weighted mean of all but normalisation, which stays as it was in the global model."""
         return average(specs, self.info.upload(), current, contributions, self.averaging)

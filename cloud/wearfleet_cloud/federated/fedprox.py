@@ -2,13 +2,17 @@
 
 Source: Li et al. 2020, arXiv:1812.06127, equation 2: min f_i(y) + (mu / 2) ||y - x_t||^2.
 Differs: the gradient mu (y - x_t) is added as it stands rather than differentiated from a norm; it covers all trained
-parameters, those of normalisation layers too, and comes before an adaptive optimiser's moments. (PersonalizedFL's code
-uses the norm, not its square.)
+parameters, those of normalisation layers too, and comes before an adaptive optimiser's moments. Form ``norm`` is for
+parity with PersonalizedFL's code, whose term is (mu / 2) ||y - x_t||: a pull of the same strength at every distance,
+which has no gradient at 0 and is left out there. (That code also leaves it out on the first batch of later epochs and
+in its first round.)
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.tensors import TensorSpec
@@ -21,7 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from wearfleet_models.classifier import Classifier
 
-    from wearfleet_cloud.federated.client_program import ClientProgram
+    from wearfleet_cloud.federated.client_program import ClientProgram, GradientRule
+
+    Tensors = dict[str, Tensor]
 
 __all__ = ["FedProx"]
 
@@ -32,11 +38,12 @@ class FedProx:
 
     Args:
         mu: strength of the pull, >= 0; 0 is FedAvg.
+        form: ``squared`` (the paper's) or ``norm``.
         local: training of a client.
         averaging: weights of the clients.
 
     Raises:
-        ConfigError: mu is negative or not finite.
+        ConfigError: mu is negative or not finite, or the form is unknown.
     """
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
@@ -47,38 +54,58 @@ class FedProx:
         kept_local=(),
         phases=("evaluate_before", "train", "evaluate_after"),
         composes_with=("secagg", "central_dp", "robust", "compression", "async", "partial_participation"),
-        hyper_parameters={"mu": "strength of the pull towards the global model, >= 0"},
+        hyper_parameters={
+            "mu": "strength of the pull towards the global model, >= 0",
+            "form": "squared (the paper's term) or norm (that of PersonalizedFL's code)",
+        },
     )
     mu: float = 0.01
+    form: str = "squared"
     local: LocalTraining = field(default_factory=LocalTraining)
     averaging: Averaging = field(default_factory=Averaging)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.mu < float("inf"):
             raise ConfigError(f"mu of FedProx must be at least 0, got {self.mu}")
+        if self.form not in _RULES:
+            raise ConfigError(f"form of FedProx must be {' or '.join(_RULES)}, got {self.form!r}")
 
     def client(self, model: "Classifier") -> "ClientProgram":
-        """Local epochs with g <- g + mu (y - x_t); x_t is the copy taken at the start of the round."""
+        """Local epochs with the gradient of the proximal term; x_t is the copy taken at the start of the round."""
         from wearfleet_cloud.federated.client_program import anchor_specs, local_program  # noqa: PLC0415  see FedAvg
 
         return local_program(
             model,
             self.local,
             extra=anchor_specs(model),
-            rule=_pull,
+            rule=_RULES[self.form],
             scalars=(("mu", self.mu),),
         )
 
     def server(
-        self, specs: Sequence[TensorSpec], current: Arrays, contributions: Iterable[Contribution]
+        self,
+        specs: Sequence[TensorSpec],
+        current: Arrays,
+        state: Arrays,  # noqa: ARG002 - it keeps nothing
+        contributions: Iterable[Contribution],
     ) -> Averaged:
         """As FedAvg; a client that ran out of time sends what it has."""
         return average(specs, self.info.upload(), current, contributions, self.averaging)
 
 
-def _pull(
-    grads: dict[str, "Tensor"], params: dict[str, "Tensor"], given: dict[str, "Tensor"]
-) -> dict[str, "Tensor"]:
+def _pull(grads: "Tensors", params: "Tensors", given: "Tensors") -> "Tensors":
+    """Gradients g + mu (y - x_t)."""
     return {
         name: grad + given["mu"] * (params[name] - given["anchor/" + name]) for name, grad in grads.items()
     }
+
+
+def _pull_by_norm(grads: "Tensors", params: "Tensors", given: "Tensors") -> "Tensors":
+    """Gradients g + (mu / 2) (y - x_t) / ||y - x_t||, and g where y is x_t."""
+    away = {name: params[name] - given["anchor/" + name] for name in grads}
+    square = reduce(add, ((part * part).sum() for part in away.values()))
+    strength = 0.5 * given["mu"] * (square > 0.0) * (square + (square <= 0.0)).rsqrt()
+    return {name: grad + strength * away[name] for name, grad in grads.items()}
+
+
+_RULES: Final[Mapping[str, "GradientRule"]] = {"squared": _pull, "norm": _pull_by_norm}

@@ -100,7 +100,7 @@ def _submit(current: Round, event: UpdateSubmitted, _: float) -> Outcome:
         return current, (answered,)
     if event.num_examples < 1:
         return _reject(current, UpdateRejected(event.client, event.attempt, "no training windows"), _)
-    receipt = Receipt(event.client, event.attempt, event.digest, event.num_examples)
+    receipt = Receipt(event.client, event.attempt, event.digest, event.num_examples, event.num_steps)
     after = replace(
         current,
         receipts=(*current.receipts, receipt),
@@ -195,7 +195,7 @@ def _skip(current: Round, why: str) -> Outcome:
 
 
 def _publish(current: Round, event: Aggregated, _: float) -> Outcome:
-    after = replace(current, state=RoundState.PUBLISHED, result=event.digest)
+    after = replace(current, state=RoundState.PUBLISHED, result=event.digest, result_state=event.state)
     return after, (Publish(event.digest),)
 
 

@@ -54,6 +54,7 @@ class UpdateSubmitted:
     attempt: str
     digest: Digest
     num_examples: int
+    num_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,10 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
-    """The new global tensors are stored under ``digest``."""
+    """The new global tensors are stored under ``digest``, what the strategy keeps under ``state`` (empty: nothing)."""
 
     digest: Digest
+    state: str = ""
 
 
 @dataclass(frozen=True, slots=True)

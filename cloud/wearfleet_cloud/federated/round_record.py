@@ -57,6 +57,7 @@ class Receipt:
     attempt: str
     digest: Digest
     num_examples: int
+    num_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ class Round:
         extended: the one extension was used.
         result: digest of the new global tensors; empty unless published.
         reason: why it was skipped or aborted.
+        base_state: digest of what the strategy kept on the server before it; empty for nothing.
+        result_state: the same after it; empty unless published.
     """
 
     run_id: str
@@ -96,6 +99,8 @@ class Round:
     extended: bool = False
     result: str = ""
     reason: str = ""
+    base_state: str = ""
+    result_state: str = ""
 
     def accepted(self, client: str) -> Receipt | None:
         """The update of a client that counts, if there is one."""
@@ -137,9 +142,4 @@ class Round:
 
 
 def _plain(receipt: Receipt) -> dict[str, object]:
-    return {
-        "client": receipt.client,
-        "attempt": receipt.attempt,
-        "digest": receipt.digest,
-        "num_examples": receipt.num_examples,
-    }
+    return {field.name: getattr(receipt, field.name) for field in fields(receipt)}

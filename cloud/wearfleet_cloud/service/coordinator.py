@@ -40,7 +40,7 @@ from wearfleet_cloud.federated.round_events import (
 )
 from wearfleet_cloud.fleet.signing import SigningKeys
 from wearfleet_cloud.service.directory import Directory
-from wearfleet_cloud.service.folding import Folding
+from wearfleet_cloud.service.folding import Folded, Folding
 from wearfleet_cloud.service.live import FinishedRound, LiveState
 from wearfleet_cloud.service.metrics import Metrics
 from wearfleet_cloud.service.round_keeper import RoundKeeper, first_round, kept_round, successor
@@ -348,8 +348,8 @@ class Coordinator:
             if keeper.kind == "personalise":
                 event = Aggregated(keeper.round.base)
             else:
-                digest, size = await asyncio.to_thread(self._folding.fold, run, keeper.round, updates)
-                event, works = Aggregated(digest), (_note_tensors(digest, size),)
+                folded = await asyncio.to_thread(self._folding.fold, run, keeper.round, updates)
+                event, works = Aggregated(folded.digest, folded.state), (_note_tensors(folded),)
         except WearfleetError as error:
             _LOGGER.error("round %d of %s: %s", keeper.round.number, run.run_id, error)  # noqa: TRY400 - says it all
             event = AggregationFailed(str(error)[:400])
@@ -420,6 +420,12 @@ def _finishing(run_id: str, state: str, reason: str) -> Work:
     return work
 
 
-def _note_tensors(digest: Digest, size_bytes: int) -> Work:
+def _note_tensors(folded: Folded) -> Work:
     now_ns = time.time_ns()
-    return lambda connection: insert_artifact(connection, digest, size_bytes, TENSORS_MEDIA_TYPE, now_ns)
+
+    def work(connection: Connection) -> None:
+        insert_artifact(connection, folded.digest, folded.size_bytes, TENSORS_MEDIA_TYPE, now_ns)
+        if folded.state:
+            insert_artifact(connection, Digest(folded.state), folded.state_bytes, TENSORS_MEDIA_TYPE, now_ns)
+
+    return work

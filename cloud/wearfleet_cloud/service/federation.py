@@ -179,5 +179,9 @@ def _event_of(submission: Submission, reason: str) -> UpdateSubmitted | UpdateRe
     if reason:
         return UpdateRejected(submission.device_id, submission.attempt_id, reason)
     return UpdateSubmitted(
-        submission.device_id, submission.attempt_id, Digest(submission.update_digest), submission.num_examples
+        submission.device_id,
+        submission.attempt_id,
+        Digest(submission.update_digest),
+        submission.num_examples,
+        submission.num_steps,
     )

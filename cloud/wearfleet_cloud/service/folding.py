@@ -1,6 +1,7 @@
 """From the stored updates of a round to new global tensors; runs in a thread."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from wearfleet_protos.errors import AggregationError, ShapeError
 from wearfleet_protos.tensors import Digest, check_finite, decode_tensors, encode_tensors
@@ -11,7 +12,17 @@ from wearfleet_cloud.service.run_context import ActiveRun
 from wearfleet_cloud.service.updates import UpdateStore
 from wearfleet_cloud.storage.blobs import Blobs
 
-__all__ = ["Folding"]
+__all__ = ["Folded", "Folding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """What a round gave, as it is stored: digest and bytes of the tensors, and of the server's state ("" for none)."""
+
+    digest: Digest
+    size_bytes: int
+    state: str
+    state_bytes: int
 
 
 class Folding:
@@ -29,7 +40,7 @@ class Folding:
         self._blobs, self._updates, self._on_tensors = blobs, updates, on_tensors
         self._newest: tuple[Digest, Arrays] | None = None
 
-    def fold(self, run: ActiveRun, current: Round, updates: Mapping[str, Digest]) -> tuple[Digest, int]:
+    def fold(self, run: ActiveRun, current: Round, updates: Mapping[str, Digest]) -> Folded:
         """Average the updates of a round.
 
         Args:
@@ -38,27 +49,30 @@ class Folding:
             updates: client to the digest of its update.
 
         Returns:
-            Digest and bytes of the new global tensors, which are stored.
+            The new global tensors and what the strategy keeps for its next round, both stored.
 
         Raises:
             AggregationError: the average is not finite, or an update does not fit.
-            NotFoundError: an update or the global tensors are gone.
+            NotFoundError: an update, the global tensors or the server's state are gone.
             IntegrityError: a file was changed.
         """
         averaged = run.strategy.server(
             run.plan.tensors,
             self._tensors(run, current.base),
+            decode_tensors(self._blobs.read(Digest(current.base_state))) if current.base_state else {},
             [self._contribution(run, receipt, updates[receipt.client]) for receipt in current.receipts],
         )
         try:
             check_finite(averaged.tensors)
+            check_finite(averaged.state)
         except ShapeError as error:
             raise AggregationError(f"the average overflows: {error}") from error
         data = encode_tensors(averaged.tensors)
-        digest = self._blobs.put(data)
+        kept = encode_tensors(averaged.state) if averaged.state else b""
+        digest, state = self._blobs.put(data), self._blobs.put(kept) if kept else ""
         self._newest = digest, averaged.tensors
         self._on_tensors(digest, data)
-        return digest, len(data)
+        return Folded(digest, len(data), state, len(kept))
 
     def _tensors(self, run: ActiveRun, base: Digest) -> Arrays:
         if self._newest is None or self._newest[0] != base:
@@ -67,4 +81,4 @@ class Folding:
 
     def _contribution(self, run: ActiveRun, receipt: Receipt, digest: Digest) -> Contribution:
         load = lambda: self._updates.load(receipt.client, digest, run.upload_specs)  # noqa: E731 - one expression
-        return Contribution(receipt.client, receipt.num_examples, load)
+        return Contribution(receipt.client, receipt.num_examples, load, receipt.num_steps)

@@ -95,9 +95,12 @@ def successor(run: ActiveRun, closed: Round, kind: RoundKind) -> RoundKeeper | N
     number = closed.number + 1
     if closed.state == RoundState.ABORTED or kind == "personalise":
         return None
-    base = Digest(closed.result) if closed.state == RoundState.PUBLISHED else closed.base
+    published = closed.state == RoundState.PUBLISHED
+    base = Digest(closed.result) if published else closed.base
     if number <= run.settings.rounds:
-        return RoundKeeper(Round(run.run_id, number, base, run.settings.policy), "train", time.time_ns())
+        state = closed.result_state if published else closed.base_state
+        following = Round(run.run_id, number, base, run.settings.policy, base_state=state)
+        return RoundKeeper(following, "train", time.time_ns())
     if not run.settings.personalise:
         return None
     policy = replace(run.settings.policy, quorum=1, min_examples=1, extension_s=0.0)  # nothing is averaged

@@ -88,7 +88,7 @@ def test_one_client_makes_its_own_model_the_global_one() -> None:
     strategy = create_strategy("fedavg", {"batch_size": 16})
     result = reference("fedavg", {}, start)
     specs = strategy.client(model("cnn")).tensors
-    averaged = strategy.server(specs, start, [contribution("only", result)])
+    averaged = strategy.server(specs, start, {}, [contribution("only", result)])
     for name in start:
         np.testing.assert_allclose(averaged.tensors[name], result.state[name], rtol=1e-6, atol=1e-7)
         assert averaged.tensors[name].dtype == start[name].dtype
@@ -111,7 +111,7 @@ def test_three_rounds_of_fedavg_learn() -> None:
         hits = sum(r.metrics["evaluate_before/correct"] for r in results)
         accuracies.append(hits / sum(r.metrics["evaluate_before/count"] for r in results))
         current = strategy.server(
-            specs, current, [contribution(str(i), r) for i, r in enumerate(results)]
+            specs, current, {}, [contribution(str(i), r) for i, r in enumerate(results)]
         ).tensors
     assert accuracies[2] > accuracies[0] + 0.2
 
@@ -133,7 +133,7 @@ def test_fedbn_leaves_the_global_normalisation_alone() -> None:
     start = arrays(model("cnn"))
     strategy = create_strategy("fedbn", {"batch_size": 16})
     specs = strategy.client(model("cnn")).tensors
-    averaged = strategy.server(specs, start, [contribution("a", reference("fedbn", {}, start))])
+    averaged = strategy.server(specs, start, {}, [contribution("a", reference("fedbn", {}, start))])
     changed = {n for n in start if not np.array_equal(averaged.tensors[n], start[n])}
     by_role = {s.name: s.role for s in specs}
     assert {by_role[n] for n in changed} == {TensorRole.SHARED, TensorRole.HEAD}
