@@ -87,7 +87,7 @@ def _export(
             created_ns=time.time_ns(),
         )
         release = _released(
-            trained, contract_of(dataset), windows, info, method=ood_method, progress=progress
+            trained, contract_of(dataset, trained.labels), windows, info, method=ood_method, progress=progress
         )
         manifest = write_release(out, release.data, release.manifest)
         report = _report(out, manifest, release) | {"transductive": trained.transductive}

@@ -222,7 +222,7 @@ def _plan(
     from wearfleet_cloud.federated.plan_builder import build_plan
 
     trained = read_run(run)
-    contract = contract_of(dataset_named(trained.dataset).for_scenario(trained.scenario))
+    contract = contract_of(dataset_named(trained.dataset).for_scenario(trained.scenario), trained.labels)
     identity = f"{strategy}-{trained.identity}"
     return build_plan(
         create_strategy(strategy, options), trained.model, contract, plan_id=identity, seed=seed

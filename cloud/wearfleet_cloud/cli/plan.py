@@ -81,7 +81,7 @@ def build(
     plan, graphs = build_plan(
         chosen,
         trained.model,
-        contract_of(dataset_named(trained.dataset).for_scenario(trained.scenario)),
+        contract_of(dataset_named(trained.dataset).for_scenario(trained.scenario), trained.labels),
         plan_id=f"{strategy}-{trained.identity}",
         seed=seed,
     )

@@ -14,6 +14,8 @@ import typer
 if TYPE_CHECKING:
     from wearfleet_cloud.data.dataset import Dataset, Progress
     from wearfleet_cloud.data.scenarios import Scenario
+    from wearfleet_cloud.export.detection import Detection
+    from wearfleet_cloud.export.ood_score import OodMethod
 
 __all__ = ["register"]
 
@@ -65,6 +67,10 @@ def _train(
     steps: Annotated[int, typer.Option("--steps", help="Number of updates.")] = 3000,
     seed: SeedOption = 0,
     device: Annotated[str, typer.Option("--device", help="Of torch: cpu, cuda, cuda:1.")] = "cpu",
+    left_out: Annotated[
+        list[str] | None,
+        typer.Option("--leave-out", help="An activity to take out of the data, to be unknown; repeatable."),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,7 +86,14 @@ def _train(
 
     with _progress(as_json) as progress:
         world = _scenario(
-            dataset, data_root, cache_dir, kind=scenario, target=target, seed=seed, progress=progress
+            dataset,
+            data_root,
+            cache_dir,
+            kind=scenario,
+            target=target,
+            seed=seed,
+            left_out=left_out or (),
+            progress=progress,
         )
         config = TrainConfig(steps=steps, seed=seed, device=device)
         spec, config = run_settings(world.prepared.dataset, algorithm, config, backbone, settings or [])
@@ -100,9 +113,15 @@ def _evaluate(
     scenario: ScenarioOption = "cross-person",
     target: TargetOption = "0",
     seed: SeedOption = 0,
+    ood: Annotated[
+        bool,
+        typer.Option(
+            "--ood", help="Judge how well out-of-distribution scores of --run find unknown windows."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a trained model on the target domain of a scenario."""
+    """Score a trained model on the target domain of a scenario, or its scores of what is unknown."""
     from wearfleet_protos.errors import ConfigError
 
     from wearfleet_cloud.training.model_files import load_model
@@ -110,6 +129,11 @@ def _evaluate(
 
     if (run is None) == (model is None):
         raise ConfigError("give either --run (a folder) or --model (a file)")
+    if ood:
+        if run is None:
+            raise ConfigError("--ood needs --run, the folder that says what the model was trained on")
+        _show_detection(_detections(run, dataset, data_root, cache_dir, as_json), as_json)
+        return
     network = load_model(run or model or Path())
     with _progress(as_json) as progress:
         world = _scenario(
@@ -126,6 +150,34 @@ def _evaluate(
     print(
         f"{_name(known)}, {world.target.name}: accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}"
     )
+
+
+def _detections(
+    run: Path, dataset: str, data_root: Path | None, cache_dir: Path | None, quiet: bool
+) -> dict[str, dict[OodMethod, Detection]]:
+    from wearfleet_cloud.data import dataset_named
+    from wearfleet_cloud.data.prepared import default_cache_dir, prepare
+    from wearfleet_cloud.export.detection import compare_scores, unknown_windows
+    from wearfleet_cloud.export.run_folder import read_run, windows_of_run
+
+    trained = read_run(run)
+    with _progress(quiet) as progress:
+        described = dataset_named(dataset).for_scenario(trained.scenario)
+        prepared = prepare(described, data_root, cache_dir or default_cache_dir(), progress)
+    windows = windows_of_run(trained, prepared)
+    return compare_scores(trained.model, windows.x, windows.y, unknown_windows(trained, prepared))
+
+
+def _show_detection(found: dict[str, dict[OodMethod, Detection]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({s: {m: asdict(d) for m, d in scores.items()} for s, scores in found.items()}))
+        return
+    rows = [
+        [unknown, method, f"{d.auroc:.3f}", f"{d.aupr_in:.3f}", f"{d.aupr_out:.3f}", f"{d.fpr95:.3f}"]
+        for unknown, scores in found.items()
+        for method, d in scores.items()
+    ]
+    _table(["unknown", "score", "AUROC", "AUPR in", "AUPR out", "FPR at 95 %"], rows)
 
 
 def _algorithms(as_json: JsonOption = False) -> None:
@@ -159,6 +211,7 @@ def _scenario(
     kind: str,
     target: str,
     seed: int,
+    left_out: Sequence[str] = (),
     progress: Progress,
 ) -> Scenario:
     from wearfleet_cloud.data import dataset_named
@@ -173,6 +226,7 @@ def _scenario(
         seed=seed,
         data_root=data_root,
         cache_dir=cache_dir or default_cache_dir(),
+        activities_left_out=left_out,
         progress=progress,
     )
 

@@ -7,7 +7,7 @@ shares people with the sources, and where several sensors measure at once also m
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -17,6 +17,7 @@ from wearfleet_protos.errors import ConfigError, DataError, NotFoundError
 
 from wearfleet_cloud.data.dataset import Dataset, Progress, silent
 from wearfleet_cloud.data.domains import DIVISIONS, Part, person_groups
+from wearfleet_cloud.data.left_out import leave_out
 from wearfleet_cloud.data.prepared import Prepared, prepare
 from wearfleet_cloud.data.splits import LEAKING_RULES, SPLITS, leakage_check
 from wearfleet_cloud.data.three_way import three_way
@@ -90,6 +91,7 @@ def open_scenario(
     seed: int,
     data_root: Path | None,
     cache_dir: Path,
+    activities_left_out: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Scenario:
     """Prepare a data set in the form that a scenario needs, and build the scenario.
@@ -101,6 +103,7 @@ def open_scenario(
         seed: of the splits made of the scenario.
         data_root: folder with the distributions; None only for simulated sets.
         cache_dir: of prepared data.
+        activities_left_out: names of classes whose windows are taken out first.
         progress: told about reading and cutting.
 
     Raises:
@@ -110,7 +113,7 @@ def open_scenario(
     """
     check_scenario_name(name)
     prepared = prepare(dataset.for_scenario(name), data_root, cache_dir, progress)
-    return build_scenario(name, prepared, target, seed)
+    return build_scenario(name, leave_out(prepared, activities_left_out), target, seed)
 
 
 def build_scenario(name: str, prepared: Prepared, target: int | tuple[str, ...], seed: int = 0) -> Scenario:

@@ -15,13 +15,16 @@ from sklearn.metrics import average_precision_score, roc_auc_score  # type: igno
 from wearfleet_models import Classifier
 from wearfleet_protos.errors import DataError
 
+from wearfleet_cloud.data.prepared import Prepared
+from wearfleet_cloud.data.scenarios import build_scenario
 from wearfleet_cloud.export.ood_score import DEFAULT_RANK, OOD_METHODS, OodMethod
+from wearfleet_cloud.export.run_folder import Run, scenario_of_run, windows_of_run
 from wearfleet_cloud.export.scored_classifier import fit_ood, outputs_of, scored_classifier
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Detection", "UnknownWindows", "compare_scores", "detection"]
+__all__ = ["Detection", "UnknownWindows", "compare_scores", "detection", "unknown_windows"]
 
 _TRUE_POSITIVE_RATE: Final = 0.95
 
@@ -76,6 +79,31 @@ def detection(inside: NDArray[np.float32], outside: NDArray[np.float32]) -> Dete
         aupr_out=float(average_precision_score(unknown, scores)),
         fpr95=float((outside <= threshold).mean()),
     )
+
+
+def unknown_windows(run: Run, prepared: Prepared) -> tuple[UnknownWindows, ...]:
+    """The sets on which a run's scores are judged.
+
+    Args:
+        run: which one.
+        prepared: its data set, with all activities.
+
+    Returns:
+        The held-out domain's known activities against source validation ("unseen person", "unseen position", ...); and,
+        where activities were left out, these against the known ones, both of the held-out domain ("unseen activity").
+
+    Raises:
+        DataError, NotFoundError: as ``windows_of_run``.
+    """
+    known = scenario_of_run(run, prepared).target
+    validation = windows_of_run(run, prepared).x_validation
+    domain = UnknownWindows(f"unseen {run.scenario.removeprefix('cross-')}", validation, known.x)
+    names = prepared.dataset.label_names
+    if len(names) == len(run.labels):
+        return (domain,)
+    everything = build_scenario(run.scenario, prepared, run.target, run.scenario_seed).target
+    unknown = np.isin(everything.y, [k for k, name in enumerate(names) if name not in run.labels])
+    return domain, UnknownWindows("unseen activity", known.x, everything.x[unknown])
 
 
 def compare_scores(

@@ -14,14 +14,15 @@ from wearfleet_protos.plan import InputContract
 from wearfleet_protos.tensors import digest_of
 
 from wearfleet_cloud.data.dataset import Dataset
+from wearfleet_cloud.data.left_out import leave_out
 from wearfleet_cloud.data.prepared import Prepared
-from wearfleet_cloud.data.scenarios import Domain, build_scenario, split_sources
+from wearfleet_cloud.data.scenarios import Domain, Scenario, build_scenario, split_sources
 from wearfleet_cloud.training.model_files import load_model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Run", "RunWindows", "contract_of", "read_run", "windows_of_run"]
+__all__ = ["Run", "RunWindows", "contract_of", "read_run", "scenario_of_run", "windows_of_run"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +38,7 @@ class Run:
         scenario_seed: of the split into training and validation.
         split: rule of that split.
         counts: number of training and of validation windows.
+        labels: the classes of its windows, in class order.
         transductive: whether its scores on the target are those of classes found with the target's windows at hand,
             which the model alone does not give.
     """
@@ -49,6 +51,7 @@ class Run:
     scenario_seed: int
     split: str
     counts: tuple[int, int]
+    labels: tuple[str, ...]
     transductive: bool
 
 
@@ -87,6 +90,7 @@ def read_run(folder: Path) -> Run:
             scenario_seed=int(result["scenario_seed"]),
             split=str(result["split"]),
             counts=(int(result["train_windows"]), int(result["validation_windows"])),
+            labels=tuple(str(label) for label in result["labels"]),
             transductive=bool(result.get("transductive", False)),  # runs of before it was written never were
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -102,7 +106,7 @@ def windows_of_run(run: Run, prepared: Prepared) -> RunWindows:
         DataError: the data set found here is not the one that the run saw.
         NotFoundError: a held-out subject is not in it.
     """
-    scenario = build_scenario(run.scenario, prepared, run.target, run.scenario_seed)
+    scenario = scenario_of_run(run, prepared)
     split = split_sources(scenario, run.split)
     x, y = _joined(split.train)
     x_validation, y_validation = _joined(split.validation)
@@ -114,14 +118,29 @@ def windows_of_run(run: Run, prepared: Prepared) -> RunWindows:
     return RunWindows(x, y, x_validation, y_validation)
 
 
-def contract_of(dataset: Dataset) -> InputContract:
-    """What a window of this data set looks like."""
+def scenario_of_run(run: Run, prepared: Prepared) -> Scenario:
+    """The domains as the run saw them, without the activities that it left out.
+
+    Args:
+        run: which one.
+        prepared: its data set, with all activities.
+
+    Raises:
+        ConfigError: the data set found here has other activities.
+        NotFoundError: a held-out subject is not in it.
+    """
+    left_out = [name for name in prepared.dataset.label_names if name not in run.labels]
+    return build_scenario(run.scenario, leave_out(prepared, left_out), run.target, run.scenario_seed)
+
+
+def contract_of(dataset: Dataset, labels: tuple[str, ...] = ()) -> InputContract:
+    """What a window of this data set looks like; ``labels``: the classes of a run that did not have them all."""
     return InputContract(
         channels=dataset.channels,
         rate_hz=dataset.rate_hz,
         window=dataset.window,
         stride=dataset.stride,
-        labels=dataset.label_names,
+        labels=labels or dataset.label_names,
     )
 
 
