@@ -12,13 +12,14 @@ from wearfleet_cloud.federated.fedadam import FedAdam
 from wearfleet_cloud.federated.fedavg import FedAvg
 from wearfleet_cloud.federated.fedavgm import FedAvgM
 from wearfleet_cloud.federated.fedbn import FedBN
+from wearfleet_cloud.federated.fednova import FedNova
 from wearfleet_cloud.federated.fedprox import FedProx
 from wearfleet_cloud.federated.fedyogi import FedYogi
 from wearfleet_cloud.federated.training_options import LocalTraining, parse_options
 
 __all__ = ["STRATEGIES", "create_strategy"]
 
-_Class = type[FedAdagrad | FedAdam | FedAvg | FedAvgM | FedBN | FedProx | FedYogi]
+_Class = type[FedAdagrad | FedAdam | FedAvg | FedAvgM | FedBN | FedNova | FedProx | FedYogi]
 
 STRATEGIES: Final[Mapping[str, _Class]] = {
     "fedadagrad": FedAdagrad,
@@ -26,6 +27,7 @@ STRATEGIES: Final[Mapping[str, _Class]] = {
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,
     "fedbn": FedBN,
+    "fednova": FedNova,
     "fedprox": FedProx,
     "fedyogi": FedYogi,
 }

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, Tensor]
 
-__all__ = ["FedProx"]
+__all__ = ["FedProx", "pull"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,8 @@ class FedProx:
         return average(specs, self.info.upload(), current, contributions, self.averaging)
 
 
-def _pull(grads: "Tensors", params: "Tensors", given: "Tensors") -> "Tensors":
-    """Gradients g + mu (y - x_t)."""
+def pull(grads: "Tensors", params: "Tensors", given: "Tensors") -> "Tensors":
+    """Gradients g + mu (y - x_t): the rule of ``client_program.local_program`` with the scalar ``mu`` and anchors."""
     return {
         name: grad + given["mu"] * (params[name] - given["anchor/" + name]) for name, grad in grads.items()
     }
@@ -108,4 +108,4 @@ def _pull_by_norm(grads: "Tensors", params: "Tensors", given: "Tensors") -> "Ten
     return {name: grad + strength * away[name] for name, grad in grads.items()}
 
 
-_RULES: Final[Mapping[str, "GradientRule"]] = {"squared": _pull, "norm": _pull_by_norm}
+_RULES: Final[Mapping[str, "GradientRule"]] = {"squared": pull, "norm": _pull_by_norm}
