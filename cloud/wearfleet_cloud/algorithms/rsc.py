@@ -50,7 +50,9 @@ class Rsc(Algorithm):
             features, after = embed(self.model, params, buffers, x, weight, rng)
             fixed = {name: params[name].detach() for name in ("head.weight", "head.bias")}
             mask = _kept(fixed, features.detach(), y, weight, hyper)
-            metrics = {"accuracy": accuracy(head(fixed, features), y, weight), "hidden": 1.0 - mask.mean()}
+            counted = torch.ones_like(mask[:, 0]) if weight is None else (weight > 0.0).to(mask.dtype)
+            hidden = ((1.0 - mask.mean(dim=1)) * counted).sum() / counted.sum().clamp(min=1.0)
+            metrics = {"accuracy": accuracy(head(fixed, features), y, weight), "hidden": hidden}
             return cross_entropy(head(params, features * mask), y, weight), (metrics, after)
 
         return descend(objective, state, self.optimiser, hyper["lr"])
