@@ -133,7 +133,11 @@ def test_a_traced_step_equals_the_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["erm", "coral", "dann", "mmd", "vrex", "group-dro", "fishr", "lag", "affar"]
+    "name",
+    [
+        *("erm", "coral", "dann", "mmd", "vrex", "group-dro", "fishr", "lag", "affar"),
+        *("rsc", "and-mask", "fish", "mldg", "erm-plus-plus"),
+    ],
 )
 def test_padding_does_not_matter(name: str) -> None:
     algorithm = build(name, Sgd())
@@ -150,7 +154,7 @@ def test_padding_does_not_matter(name: str) -> None:
     torch.testing.assert_close(metrics, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["erm", "coral", "mmd", "vrex", "group-dro", "fishr", "lag"])
+@pytest.mark.parametrize("name", ["erm", "coral", "mmd", "vrex", "group-dro", "fishr", "lag", "and-mask"])
 def test_the_order_of_the_domains_does_not_change_the_loss(name: str) -> None:
     algorithm = build(name, Sgd())
     state, given = algorithm.init(), batch(algorithm)
