@@ -66,6 +66,10 @@ def _benchmark(
     stack: Annotated[
         int, typer.Option("--stack", min=1, help="Runs that advance together; pays on a GPU.")
     ] = 1,
+    ray: Annotated[
+        str,
+        typer.Option("--ray", help="Address of a Ray cluster that makes the runs: host:port, auto, local."),
+    ] = "",
     show: Annotated[
         str, typer.Option("--show", help="Methods whose confusions and features are drawn, with commas.")
     ] = "",
@@ -81,7 +85,7 @@ def _benchmark(
 
     if projection not in PROJECTIONS:
         raise ConfigError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
-    how = Execution(workers, stack)
+    how = Execution(workers, stack, ray)
     grid = Grid(
         datasets=_names(datasets),
         scenarios=_names(scenarios),

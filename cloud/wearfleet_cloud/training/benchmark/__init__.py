@@ -21,6 +21,7 @@ from wearfleet_cloud.training.benchmark.execution import (
     tasks_of,
 )
 from wearfleet_cloud.training.benchmark.grid import Cell, Grid, cells
+from wearfleet_cloud.training.benchmark.on_ray import on_ray
 from wearfleet_cloud.training.benchmark.rows import Row, read_row, write_rows
 from wearfleet_cloud.training.benchmark.tables import markdown
 from wearfleet_cloud.training.checkpoint import write_atomically
@@ -39,17 +40,21 @@ class Execution:
     Args:
         workers: processes; 1 makes the runs in this one.
         stack: runs that advance together at most.
+        ray: address of a Ray cluster that makes them, empty for this machine.
 
     Raises:
-        ConfigError: a number below one.
+        ConfigError: a number below one, or workers beside a cluster.
     """
 
     workers: int = 1
     stack: int = 1
+    ray: str = ""
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.stack < 1:
             raise ConfigError(f"workers and stack must be at least 1, got {self.workers} and {self.stack}")
+        if self.ray and self.workers > 1:
+            raise ConfigError("--workers is for this machine, --ray for a cluster; give one of them")
 
 
 def benchmark(grid: Grid, place: Place, how: Execution, progress: Progress = silent) -> dict[Cell, Row]:
@@ -101,6 +106,8 @@ def benchmark(grid: Grid, place: Place, how: Execution, progress: Progress = sil
 
 
 def _performed(tasks: Sequence[Task], how: Execution, progress: Progress) -> Iterator[Task]:
+    if how.ray:
+        return on_ray(tasks, how.ray)
     if how.workers == 1:
         return one_by_one(tasks, progress)
     return in_processes(tasks, how.workers)

@@ -1,4 +1,4 @@
-"""Make the runs of a benchmark: one after the other, in several processes, or on the machines of a Ray cluster."""
+"""Make the runs of a benchmark: one after the other, or in several processes."""
 
 import json
 import logging
@@ -6,12 +6,14 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import torch
+from wearfleet_protos.errors import WearfleetError
 
 from wearfleet_cloud.data import dataset_named
 from wearfleet_cloud.data.dataset import Progress, silent
@@ -114,7 +116,11 @@ def one_by_one(tasks: Sequence[Task], progress: Progress = silent) -> Iterator[T
 
 
 def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[Task]:
-    """Make tasks in several processes, which end when this one ends in whatever way; yields each when it is done."""
+    """Make tasks in several processes, which end when this one ends in whatever way; yields each when it is done.
+
+    Raises:
+        WearfleetError: a process died.
+    """
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         waiting = {pool.submit(perform, task): task for task in tasks}
@@ -122,6 +128,10 @@ def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[Task]:
             for done in as_completed(waiting):
                 done.result()
                 yield waiting[done]
+        except BrokenProcessPool as error:
+            raise WearfleetError(
+                "a worker process died, perhaps for lack of memory; start the same command again, with fewer --workers"
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -18,25 +18,11 @@ from wearfleet_cloud.training.benchmark.pictures import chosen_cells, draw_compa
 from wearfleet_cloud.training.benchmark.rows import COLUMNS, TIME_COLUMNS
 from wearfleet_protos.errors import ConfigError, ConflictError
 
-_DATA = """
-from dataclasses import replace
-
-from wearfleet_cloud.data.simulator import Simulation, simulated_dataset
-
-DATASET = replace(simulated_dataset(Simulation(persons=3, sessions=1, bouts=2, bout_s=16.0)), group_size=1)
-"""
-
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    (tmp_path / "people.py").write_text(_DATA)
-    return Place(tmp_path / "out", None, tmp_path / "cache")
-
-
-@pytest.fixture
-def grid(place: Place) -> Grid:
+def grid(people: str) -> Grid:
     return Grid(
-        datasets=(str(place.out.parent / "people.py"),),
+        datasets=(people,),
         scenarios=("cross-person", "cross-position"),
         methods=("erm", "mixup:pairing=domain"),
         targets=("0", "2"),
