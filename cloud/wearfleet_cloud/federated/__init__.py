@@ -13,13 +13,15 @@ from wearfleet_cloud.federated.fedavg import FedAvg
 from wearfleet_cloud.federated.fedavgm import FedAvgM
 from wearfleet_cloud.federated.fedbn import FedBN
 from wearfleet_cloud.federated.fednova import FedNova
+from wearfleet_cloud.federated.fedper import FedPer
 from wearfleet_cloud.federated.fedprox import FedProx
+from wearfleet_cloud.federated.fedrep import FedRep
 from wearfleet_cloud.federated.fedyogi import FedYogi
 from wearfleet_cloud.federated.training_options import LocalTraining, parse_options
 
 __all__ = ["STRATEGIES", "create_strategy"]
 
-_Class = type[FedAdagrad | FedAdam | FedAvg | FedAvgM | FedBN | FedNova | FedProx | FedYogi]
+_Class = type[FedAdagrad | FedAdam | FedAvg | FedAvgM | FedBN | FedNova | FedPer | FedProx | FedRep | FedYogi]
 
 STRATEGIES: Final[Mapping[str, _Class]] = {
     "fedadagrad": FedAdagrad,
@@ -28,7 +30,9 @@ STRATEGIES: Final[Mapping[str, _Class]] = {
     "fedavgm": FedAvgM,
     "fedbn": FedBN,
     "fednova": FedNova,
+    "fedper": FedPer,
     "fedprox": FedProx,
+    "fedrep": FedRep,
     "fedyogi": FedYogi,
 }
 

@@ -5,7 +5,7 @@ A strategy describes its client side as a :class:`ClientProgram`. The same progr
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -28,6 +28,10 @@ __all__ = [
     "anchor_specs",
     "evaluation_step",
     "local_program",
+    "measured",
+    "model_specs",
+    "on_track",
+    "training_phase",
     "training_step",
 ]
 
@@ -37,6 +41,7 @@ GradientRule = Callable[[Tensors, Tensors, Tensors], Tensors]
 """From gradients, parameters and everything the step was given to the gradients that the optimiser sees."""
 
 ANCHOR_PREFIX = "anchor/"
+TRAINED_ROLES = (TensorRole.SHARED, TensorRole.NORM_AFFINE, TensorRole.HEAD)
 _PACKED = "packed"
 _LARGE_PARAMETER = 16_384
 """Elements from which a parameter is updated on its own; smaller ones are updated as one vector, because the fixed
@@ -83,16 +88,64 @@ def local_program(
     Returns:
         Phases ``evaluate_before``, ``train``, ``evaluate_after``.
     """
-    specs = tuple(
+    train, slots = training_phase(model, local, rule=rule, scalars=scalars)
+    return measured(model, local, (*model_specs(model, keep_local), *slots, *extra), (train,))
+
+
+def model_specs(model: nn.Module, keep_local: Collection[TensorRole] = ()) -> tuple[TensorSpec, ...]:
+    """The tensors of a model; those of the roles ``keep_local`` begin a round with what the device has."""
+    return tuple(
         replace(spec, origin="local") if spec.role in keep_local else spec for spec in tensor_specs(model)
     )
-    optimiser = local.build()
-    training, slots = training_step(model, specs, optimiser, rule)
-    evaluation = evaluation_step(model)
-    before = ClientPhase("evaluate_before", evaluation, local.holdout_loop(), ())
+
+
+def measured(
+    model: nn.Module, local: LocalTraining, tensors: tuple[TensorSpec, ...], phases: tuple[ClientPhase, ...]
+) -> ClientProgram:
+    """A program that evaluates the model on the held-out part before and after ``phases``."""
+    before = ClientPhase("evaluate_before", evaluation_step(model), local.holdout_loop(), ())
+    return ClientProgram(tensors, (before, *phases, replace(before, name="evaluate_after")))
+
+
+def training_phase(
+    model: nn.Module,
+    local: LocalTraining,
+    *,
+    name: str = "train",
+    roles: Collection[TensorRole] = TRAINED_ROLES,
+    rule: GradientRule | None = None,
+    scalars: tuple[tuple[str, float], ...] = (),
+) -> tuple[ClientPhase, tuple[TensorSpec, ...]]:
+    """Local epochs as one phase.
+
+    Args:
+        model: the classifier; it is copied.
+        local: optimiser and loop.
+        name: of the phase; unless it is ``train``, the optimiser's tensors begin with it, to be the phase's own.
+        roles: of the parameters that are trained.
+        rule: changes the gradients before the optimiser.
+        scalars: numbers for the rule.
+
+    Returns:
+        The phase and the optimiser's tensors.
+    """
+    step, slots = training_step(model, tensor_specs(model), local.build(), rule, roles=roles)
+    if name != "train":
+        step = on_track(step, [slot.name for slot in slots], f"{name}/")
+        slots = tuple(replace(slot, name=f"{name}/{slot.name}") for slot in slots)
     rates = (("learning_rate", local.learning_rate), *scalars)
-    train = ClientPhase("train", training, local.train_loop(), rates)
-    return ClientProgram((*specs, *slots, *extra), (before, train, replace(before, name="evaluate_after")))
+    return ClientPhase(name, step, local.train_loop(), rates), slots
+
+
+def on_track(step: Step, names: Collection[str], prefix: str) -> Step:
+    """The step on other tensors: where it reads or writes one of ``names``, that with the prefix is meant."""
+    own = frozenset(names)
+
+    def tracked(given: Tensors) -> Tensors:
+        results = step({**given, **{name: given[prefix + name] for name in own}})
+        return {prefix + name if name in own else name: tensor for name, tensor in results.items()}
+
+    return tracked
 
 
 def anchor_specs(model: nn.Module) -> tuple[TensorSpec, ...]:
@@ -123,22 +176,29 @@ def evaluation_step(model: nn.Module) -> Step:
 
 
 def training_step(
-    model: nn.Module, specs: Sequence[TensorSpec], optimiser: Optimiser, rule: GradientRule | None = None
+    model: nn.Module,
+    specs: Sequence[TensorSpec],
+    optimiser: Optimiser,
+    rule: GradientRule | None = None,
+    *,
+    roles: Collection[TensorRole] = TRAINED_ROLES,
 ) -> tuple[Step, tuple[TensorSpec, ...]]:
     """One optimiser step on the weighted mean cross-entropy of a batch.
 
     Args:
         model: the classifier; it is copied.
-        specs: its tensors; those of group ``param`` that are not FROZEN are trained.
+        specs: its tensors.
         optimiser: pure update.
         rule: changes the gradients before the optimiser.
+        roles: of the parameters that are trained. Without SHARED the network is in evaluation mode: nothing of what is
+            frozen changes, statistics of normalisation neither.
 
     Returns:
         The step, and the specifications of the optimiser's tensors. Results are the new parameters, the buffers that
         changed, the optimiser's tensors, and the metrics of ``evaluation_step`` on the batch before the update.
     """
-    trained = copy.deepcopy(model).train()
-    weights = {spec.name: spec.shape for spec in specs if _is_trained(spec)}
+    trained = copy.deepcopy(model).train(TensorRole.SHARED in roles)
+    weights = {spec.name: spec.shape for spec in specs if _is_trained(spec, roles)}
     groups = _update_groups(weights)
     rest = tuple(spec.name for spec in specs if spec.name not in weights)
     slots = _slot_specs(optimiser, weights, groups)
@@ -164,8 +224,8 @@ def training_step(
     return step, slots
 
 
-def _is_trained(spec: TensorSpec) -> bool:
-    return spec.group == TensorGroup.PARAM and spec.role != TensorRole.FROZEN
+def _is_trained(spec: TensorSpec, roles: Collection[TensorRole] = TRAINED_ROLES) -> bool:
+    return spec.group == TensorGroup.PARAM and spec.role in roles
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
