@@ -4,9 +4,10 @@ Run as a program in a process of its own, because Triton decides once for a proc
 
     python tests/kernel_compiler.py [--first] [OPERATION...]
 
-It calls every operation of ``tests/benchmarks/kernels`` at its benchmark shapes (with ``--first`` one wearable and one
-large shape), forward and backward, and prints one JSON line for each kernel that was compiled: registers, stack,
-shared memory. A kernel that does not compile ends the program with Triton's message.
+It calls every operation of ``tests/benchmarks/kernels`` at its benchmark shapes and types (with ``--first`` at one
+wearable shape in bfloat16 and one large in float32), forward and backward, and prints one JSON line for each kernel
+that was compiled: registers, stack, shared memory. A kernel that does not compile ends the program with Triton's
+message.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ def main() -> None:
     from bench_kernels import find_cases  # imports the operations, which import the rule of dispatch
 
     for case in find_cases([word for word in sys.argv[1:] if word != "--first"]):
-        for shapes in (case.wearable, case.large):
+        for shapes, first in ((case.wearable, torch.bfloat16), (case.large, torch.float32)):
             for sizes in list(shapes.values())[: 1 if "--first" in sys.argv else None]:
-                for dtype in (torch.float32, torch.bfloat16):
+                for dtype in (first,) if "--first" in sys.argv else (torch.float32, torch.bfloat16):
                     compile_case(compiler, case, sizes, dtype)
 
 
