@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError
 from wearfleet_protos.plan import Phase, Plan, batches, rng_key
-from wearfleet_protos.tensors import Digest, TensorGroup, check_finite, digest_of
+from wearfleet_protos.tensors import Digest, check_finite, digest_of
 
 from wearfleet_edge.graph import inspect_graph
 from wearfleet_edge.runtime import make_session
@@ -105,13 +105,15 @@ def start_state(plan: Plan, downloaded: Tensors, local: Tensors) -> Tensors:
     """
     state: Tensors = {}
     for spec in plan.tensors:
-        if spec.origin == "zeros":
+        kept = local.get(spec.name) if spec.origin == "local" else None
+        if kept is not None:
+            state[spec.name] = np.array(kept)
+        elif spec.origin == "zeros":
             state[spec.name] = np.zeros(spec.shape, spec.dtype)
-        elif spec.origin != "copy":
-            kept = local.get(spec.name) if spec.origin == "local" else None
-            state[spec.name] = np.array(downloaded[spec.name] if kept is None else kept)
+        elif not spec.copy_of:
+            state[spec.name] = np.array(downloaded[spec.name])
     for spec in plan.tensors:
-        if spec.origin == "copy":
+        if spec.name not in state:
             source = state.get(spec.copy_of)
             if source is None or source.shape != spec.shape or source.dtype != np.dtype(spec.dtype):
                 raise ProtocolError(f"tensor {spec.name} cannot be a copy of {spec.copy_of}")
@@ -326,6 +328,5 @@ class _PhaseProgram:
 
 
 def personal_tensors(plan: Plan, state: Tensors) -> Tensors:
-    """Parameters and buffers of a trained state: what a model becomes personal with."""
-    kept = (TensorGroup.PARAM, TensorGroup.BUFFER)
-    return {spec.name: state[spec.name] for spec in plan.tensors if spec.group in kept}
+    """Parameters and buffers of a trained state, in the device's own version: what a model becomes personal with."""
+    return {name: state[own] for name, own in plan.personal_names().items()}

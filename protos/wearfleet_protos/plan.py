@@ -49,6 +49,7 @@ PLAN_MEDIA_TYPE: Final = "application/vnd.wearfleet.plan.v1+json"
 BATCH_INPUTS: Final = ("x", "y", "weight", "rng")
 """x (B, C, T) float32; y (B,) int64; weight (B,) float32, 0 for padding; rng () int64 key of the step."""
 
+_MODEL_GROUPS: Final = (TensorGroup.PARAM, TensorGroup.BUFFER)
 _MAX_TENSORS: Final = 10_000
 _MAX_PHASES: Final = 32
 
@@ -191,13 +192,21 @@ class Plan:
         return tuple(sorted(chosen, key=lambda t: t.name))
 
     def download_specs(self) -> tuple[TensorSpec, ...]:
-        """Specifications of the tensors that the server sends, in name order: all model tensors."""
-        chosen = (t for t in self.tensors if t.origin in ("global", "local"))
+        """Specifications of the tensors that the server sends, in name order: the model's, and global ones beside."""
+        chosen = (t for t in self.tensors if t.origin in ("global", "local") and not t.copy_of)
         return tuple(sorted(chosen, key=lambda t: t.name))
 
     def local_specs(self) -> tuple[TensorSpec, ...]:
         """Specifications of the tensors that stay on the device between rounds, in name order."""
         return tuple(sorted((t for t in self.tensors if t.origin == "local"), key=lambda t: t.name))
+
+    def personal_names(self) -> dict[str, str]:
+        """Model tensor -> the state tensor that makes a model personal: the device's own version of it, or itself.
+
+        An own version is a tensor of group AUX that begins as a copy of the model's.
+        """
+        own = {t.copy_of: t.name for t in self.tensors if t.group == TensorGroup.AUX and t.copy_of}
+        return {t.name: own.get(t.name, t.name) for t in self.tensors if t.group in _MODEL_GROUPS}
 
 
 def _validate(plan: Plan) -> None:
@@ -208,20 +217,30 @@ def _validate(plan: Plan) -> None:
     if len(known) != len(names) or len(names) > _MAX_TENSORS:
         raise ProtocolError(f"plan must have at most {_MAX_TENSORS} tensors with different names")
     for tensor in plan.tensors:
-        if tensor.origin == "copy" and tensor.copy_of not in known:
-            raise ProtocolError(f"tensor {tensor.name} copies unknown tensor {tensor.copy_of!r}")
-        if (tensor.origin == "local") != (
-            tensor.role in plan.keep_local and tensor.group in ("param", "buffer")
-        ):
-            raise ProtocolError(f"tensor {tensor.name}: origin {tensor.origin!r} contradicts keep_local")
+        _validate_tensor(plan, tensor, known)
     overlap = set(plan.upload.roles) & set(plan.keep_local)
     if overlap:
         raise ProtocolError(f"roles {sorted(overlap)} are both uploaded and kept local")
+    sent = sorted(set(plan.upload_specs()) & set(plan.local_specs()), key=lambda spec: spec.name)
+    if sent:
+        raise ProtocolError(f"tensor {sent[0].name} is both uploaded and kept local")
     for phase in plan.phases:
         _validate_phase(phase, known)
     budget = plan.budget
     if not (budget.seconds > 0 and budget.max_bytes > 0 and budget.min_examples >= 1):
         raise ProtocolError(f"budget must be positive, got {budget}")
+
+
+def _validate_tensor(plan: Plan, tensor: TensorSpec, known: set[str]) -> None:
+    if tensor.copy_of and tensor.copy_of not in known:
+        raise ProtocolError(f"tensor {tensor.name} copies unknown tensor {tensor.copy_of!r}")
+    stays = tensor.origin == "local"
+    if tensor.group in _MODEL_GROUPS:
+        fits = stays == (tensor.role in plan.keep_local) and not tensor.copy_of
+    else:
+        fits = not stays or bool(tensor.copy_of)
+    if not fits:
+        raise ProtocolError(f"tensor {tensor.name}: origin {tensor.origin!r} contradicts keep_local")
 
 
 def _validate_phase(phase: Phase, tensors: set[str]) -> None:

@@ -101,8 +101,9 @@ class TensorSpec:
         role: what an algorithm may do with it.
         group: which part of the training state it is.
         origin: where a round gets its first value: ``global`` downloaded, ``local`` the device's persisted
-            value (the downloaded one when there is none), ``zeros``, or ``copy`` of ``copy_of``.
-        copy_of: name of the tensor copied at the start of a round; only with origin ``copy``.
+            value (when there is none, the downloaded one, or the copy where ``copy_of`` is given), ``zeros``, or
+            ``copy`` of ``copy_of``.
+        copy_of: name of the tensor copied at the start of a round; with origin ``copy``, and possible with ``local``.
 
     Raises:
         ShapeError: a field is out of its range.
@@ -125,8 +126,12 @@ class TensorSpec:
             )
         if any(size < 0 for size in self.shape):
             raise ShapeError(f"tensor {self.name}: negative size in shape {self.shape}")
-        if (self.origin == "copy") != bool(self.copy_of):
-            raise ShapeError(f"tensor {self.name}: origin 'copy' and copy_of go together")
+        if (self.origin == "copy" and not self.copy_of) or (
+            self.copy_of and self.origin not in ("copy", "local")
+        ):
+            raise ShapeError(
+                f"tensor {self.name}: origin 'copy' needs copy_of, and 'global' and 'zeros' have none"
+            )
 
     @property
     def size_bytes(self) -> int:

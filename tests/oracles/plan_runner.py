@@ -24,7 +24,7 @@ def run_plan(
     """State after the round, upload, metrics as ``phase/metric``."""
     state: Arrays = {}
     for spec in plan.tensors:
-        if spec.origin == "copy":
+        if spec.copy_of and not (spec.origin == "local" and spec.name in persisted):
             state[spec.name] = state[spec.copy_of].copy()
         elif spec.origin == "zeros":
             state[spec.name] = np.zeros(spec.shape, spec.dtype)

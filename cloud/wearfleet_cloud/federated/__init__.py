@@ -7,6 +7,7 @@ from typing import Final
 from wearfleet_protos.errors import ConfigError
 
 from wearfleet_cloud.federated.base import Strategy
+from wearfleet_cloud.federated.ditto import Ditto
 from wearfleet_cloud.federated.fedadagrad import FedAdagrad
 from wearfleet_cloud.federated.fedadam import FedAdam
 from wearfleet_cloud.federated.fedavg import FedAvg
@@ -21,9 +22,12 @@ from wearfleet_cloud.federated.training_options import LocalTraining, parse_opti
 
 __all__ = ["STRATEGIES", "create_strategy"]
 
-_Class = type[FedAdagrad | FedAdam | FedAvg | FedAvgM | FedBN | FedNova | FedPer | FedProx | FedRep | FedYogi]
+_Class = type[
+    Ditto | FedAdagrad | FedAdam | FedAvg | FedAvgM | FedBN | FedNova | FedPer | FedProx | FedRep | FedYogi
+]
 
 STRATEGIES: Final[Mapping[str, _Class]] = {
+    "ditto": Ditto,
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedavg": FedAvg,

@@ -40,6 +40,8 @@ class StrategyInfo:
         phases: what a client does in a round, in order.
         composes_with: additions whose combination with it is sound (specs/federated.md section 21).
         hyper_parameters: its own, beside those of local training, with their meaning.
+        kept_beside: what else stays on the device from round to round, in words.
+        uploaded_groups: of the uploaded tensors.
     """
 
     name: str
@@ -50,10 +52,12 @@ class StrategyInfo:
     phases: tuple[str, ...]
     composes_with: tuple[str, ...]
     hyper_parameters: Mapping[str, str]
+    kept_beside: tuple[str, ...] = ()
+    uploaded_groups: tuple[TensorGroup, ...] = (TensorGroup.PARAM, TensorGroup.BUFFER)
 
     def upload(self) -> UploadSpec:
-        """The upload as the plan states it: differences of parameters and buffers."""
-        return UploadSpec(self.uploaded, (TensorGroup.PARAM, TensorGroup.BUFFER), "delta", "float32")
+        """The upload as the plan states it: differences."""
+        return UploadSpec(self.uploaded, self.uploaded_groups, "delta", "float32")
 
 
 class Strategy(Protocol):

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,15 @@ __all__ = [
     "ClientPhase",
     "ClientProgram",
     "GradientRule",
+    "TrackOrigin",
     "anchor_specs",
     "evaluation_step",
     "local_program",
     "measured",
     "model_specs",
     "on_track",
+    "personal_phase",
+    "personal_specs",
     "training_phase",
     "training_step",
 ]
@@ -40,7 +44,11 @@ Tensors = dict[str, Tensor]
 GradientRule = Callable[[Tensors, Tensors, Tensors], Tensors]
 """From gradients, parameters and everything the step was given to the gradients that the optimiser sees."""
 
+TrackOrigin = Literal["local", "copy"]
+"""Where a second track of a model begins: where it ended last round, or at the received model."""
+
 ANCHOR_PREFIX = "anchor/"
+PERSONAL_PREFIX = "personal/"
 TRAINED_ROLES = (TensorRole.SHARED, TensorRole.NORM_AFFINE, TensorRole.HEAD)
 _PACKED = "packed"
 _LARGE_PARAMETER = 16_384
@@ -100,11 +108,52 @@ def model_specs(model: nn.Module, keep_local: Collection[TensorRole] = ()) -> tu
 
 
 def measured(
-    model: nn.Module, local: LocalTraining, tensors: tuple[TensorSpec, ...], phases: tuple[ClientPhase, ...]
+    model: nn.Module,
+    local: LocalTraining,
+    tensors: tuple[TensorSpec, ...],
+    phases: tuple[ClientPhase, ...],
+    *,
+    personal: bool = False,
 ) -> ClientProgram:
-    """A program that evaluates the model on the held-out part before and after ``phases``."""
+    """A program that evaluates on the held-out part before and after ``phases``; if ``personal``, then the own track."""
     before = ClientPhase("evaluate_before", evaluation_step(model), local.holdout_loop(), ())
-    return ClientProgram(tensors, (before, *phases, replace(before, name="evaluate_after")))
+    after = replace(before, name="evaluate_after")
+    if personal:
+        after = replace(after, step=on_track(before.step, _tracked(model), PERSONAL_PREFIX))
+    return ClientProgram(tensors, (before, *phases, after))
+
+
+def personal_specs(model: nn.Module, origin: TrackOrigin) -> tuple[TensorSpec, ...]:
+    """A second track of the model: the device's own version of every tensor that is not FROZEN."""
+    return tuple(
+        replace(
+            spec,
+            name=PERSONAL_PREFIX + spec.name,
+            role=TensorRole.AUX,
+            group=TensorGroup.AUX,
+            origin=origin,
+            copy_of=spec.name,
+        )
+        for spec in tensor_specs(model)
+        if spec.role != TensorRole.FROZEN
+    )
+
+
+def personal_phase(
+    model: nn.Module,
+    local: LocalTraining,
+    *,
+    name: str,
+    rule: GradientRule | None = None,
+    scalars: tuple[tuple[str, float], ...] = (),
+) -> tuple[ClientPhase, tuple[TensorSpec, ...]]:
+    """As :func:`training_phase`, on the personal track."""
+    phase, slots = training_phase(model, local, name=name, rule=rule, scalars=scalars)
+    return replace(phase, step=on_track(phase.step, _tracked(model), PERSONAL_PREFIX)), slots
+
+
+def _tracked(model: nn.Module) -> list[str]:
+    return [spec.name for spec in tensor_specs(model) if spec.role != TensorRole.FROZEN]
 
 
 def training_phase(

@@ -84,12 +84,12 @@ def _first_value(
     persisted: Mapping[str, NDArray[np.generic]],
     before: Tensors,
 ) -> Tensor:
-    if spec.origin == "copy":
+    if spec.origin == "local" and spec.name in persisted:
+        return torch.from_numpy(np.array(persisted[spec.name]))
+    if spec.copy_of:
         return before[spec.copy_of]
     if spec.origin == "zeros":
         return torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype))
-    if spec.origin == "local" and spec.name in persisted:
-        return torch.from_numpy(np.array(persisted[spec.name]))
     return torch.from_numpy(np.array(downloaded[spec.name]))
 
 
