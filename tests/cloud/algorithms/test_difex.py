@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,44 @@ def test_the_teacher_depends_on_the_key_and_on_nothing_else() -> None:
     assert not torch.equal(one, other)
     assert algorithm.refresh_at(0, 4)
     assert not algorithm.refresh_at(4, 4)
+
+
+def _said(windows: Resident, *, mode: str = "corrected", mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """What an untrained teacher says of windows, by a network that standardises by ``mean`` and ``std``."""
+    algorithm = _difex(mode=mode)
+    algorithm.model.standardise.mean.fill_(mean)
+    algorithm.model.standardise.std.fill_(std)
+    given = hyper(algorithm, teacher_steps=0.0)
+    return algorithm.refresh(algorithm.init(), windows, given, torch.tensor(3)).buffers[TEACHER]
+
+
+def _only(windows: Resident, part: slice) -> Resident:
+    """A third of the windows, of one domain."""
+    x, y, domain = (t[part] for t in (windows.x, windows.y, windows.domain))
+    count = torch.tensor([len(y)])
+    return Resident(x, y, domain * 0, count - count, count, (len(y),))
+
+
+def test_the_teacher_hears_standardised_windows() -> None:
+    """Otherwise the phase at frequency 0 would depend on the sensor's units."""
+    windows = data()
+    raw = replace(windows, x=4.0 * windows.x + 16.0)
+    torch.testing.assert_close(_said(raw, mean=16.0, std=4.0), _said(windows), rtol=1e-3, atol=1e-3)
+    assert float((_said(raw) - _said(windows)).abs().max()) > 0.01
+
+
+def test_what_the_teacher_says_of_a_window_does_not_depend_on_the_others() -> None:
+    windows = data()
+    part = slice(24, 48)
+    torch.testing.assert_close(_said(_only(windows, part)), _said(windows)[part], rtol=1e-5, atol=1e-6)
+
+
+def test_strict_mode_differs_where_frequencies_are_missing_only() -> None:
+    full, time = data(), torch.arange(40) / 40
+    tones = torch.cos(2 * math.pi * 3 * time + torch.arange(72)[:, None])[:, :, None].expand(-1, -1, 3)
+    torch.testing.assert_close(_said(full, mode="strict"), _said(full), rtol=1e-3, atol=1e-3)
+    missing = replace(full, x=tones)
+    assert float((_said(missing, mode="strict") - _said(missing)).abs().max()) > 0.01
 
 
 def _exploration_by_loops(first: Tensor, second: Tensor, distance: str) -> Tensor:
