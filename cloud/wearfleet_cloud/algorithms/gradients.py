@@ -13,8 +13,11 @@ __all__ = ["Objective", "Objectives", "descend", "gradient", "gradients", "updat
 
 Objective = Callable[[Tensors, Tensors], tuple[Tensor, tuple[Tensors, Tensors]]]
 """(params, buffers) -> (loss (), (metrics, new buffers))."""
-Objectives = Objective
-"""(params, buffers) -> (losses (M,), (metrics, new buffers))."""
+Objectives = Callable[[Tensors, Tensors], tuple[Tensor | tuple[Tensor, ...], tuple[Tensors, Tensors]]]
+"""(params, buffers) -> (losses (M,) or a tuple of M (), (metrics, new buffers)).
+
+A tuple where losses share little: on the tape each gradient then passes through its own part of the graph only.
+"""
 
 
 def descend(
@@ -96,7 +99,7 @@ def gradients(
     """The gradients of several objectives of one forward pass.
 
     Args:
-        objectives: losses (M,), metrics and new buffers from parameters and buffers.
+        objectives: losses, metrics and new buffers from parameters and buffers.
         state: where.
         trained: names of the parameters to differentiate by, None for all.
 
@@ -107,29 +110,34 @@ def gradients(
     if _transformed():
 
         def losses(params: Tensors) -> tuple[Tensor, tuple[Tensor, Tensors, Tensors]]:
-            values, (metrics, buffers) = objectives({**rest, **params}, state.buffers)
+            given, (metrics, buffers) = objectives({**rest, **params}, state.buffers)
+            values = _stacked(given)
             return values, (values, metrics, buffers)
 
         grads, (values, metrics, buffers) = jacrev(losses, has_aux=True)(moving)
         return grads, values, metrics, buffers
     leaves = {name: p.detach().requires_grad_() for name, p in moving.items()}
     with torch.enable_grad():
-        values, (metrics, buffers) = objectives({**rest, **leaves}, state.buffers)
-    inputs, count = tuple(leaves.values()), values.shape[0]
+        given, (metrics, buffers) = objectives({**rest, **leaves}, state.buffers)
+    inputs, count = tuple(leaves.values()), len(given)
     rows = [
         torch.autograd.grad(
-            values[m], inputs, retain_graph=m + 1 < count, allow_unused=True, materialize_grads=True
+            given[m], inputs, retain_graph=m + 1 < count, allow_unused=True, materialize_grads=True
         )
         for m in range(count)
     ]
     stacked = {name: torch.stack(found) for name, found in zip(leaves, zip(*rows, strict=True), strict=True)}
-    return stacked, values.detach(), _detached(metrics), _detached(buffers)
+    return stacked, _stacked(given).detach(), _detached(metrics), _detached(buffers)
 
 
 def _split(params: Tensors, trained: Collection[str] | None) -> tuple[Tensors, Tensors]:
     if trained is None:
         return params, {}
     return {n: params[n] for n in trained}, {n: p for n, p in params.items() if n not in trained}
+
+
+def _stacked(losses: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return torch.stack(losses) if isinstance(losses, tuple) else losses
 
 
 def _detached(tensors: Tensors) -> Tensors:

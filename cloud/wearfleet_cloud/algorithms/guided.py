@@ -85,10 +85,12 @@ class Guided(Algorithm):
         """As ``Algorithm.step``; metrics "loss" (the risk), "penalty", "guide" (on mixtures), "share" w, "accuracy"."""
         mixed = _across_domains(batch, hyper["concentration"], randomness.derive(rng, _GUIDE))
 
-        def objectives(params: Tensors, buffers: Tensors) -> tuple[Tensor, tuple[Tensors, Tensors]]:
+        def objectives(
+            params: Tensors, buffers: Tensors
+        ) -> tuple[tuple[Tensor, ...], tuple[Tensors, Tensors]]:
             found = self.inner.losses(params, buffers, batch, hyper, rng)
             guide = self._guide(params, buffers, mixed, randomness.derive(rng, _GUIDE + 1))
-            return torch.stack([found.risk, found.penalty, guide]), (found.metrics, found.buffers)
+            return (found.risk, found.penalty, guide), (found.metrics, found.buffers)
 
         grads, losses, metrics, buffers = gradients(objectives, state)
         shared = [name for name in grads if "/" not in name and not name.startswith("head.")]

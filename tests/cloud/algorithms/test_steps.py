@@ -178,7 +178,12 @@ def test_tape_and_transformed_gradients_are_equal() -> None:
         return values[0], rest
 
     stacked = State(*({n: t[None] for n, t in part.items()} for part in state))
-    for function, objective in ((gradient, one), (gradients, both)):
+
+    def apart(params: dict[str, Tensor], buffers: dict[str, Tensor]):
+        values, rest = both(params, buffers)
+        return tuple(values.unbind()), rest
+
+    for function, objective in ((gradient, one), (gradients, both), (gradients, apart)):
         plain = function(objective, state, ["w"])
         through = vmap(lambda s, f=function, o=objective: f(o, s, ["w"]))(stacked)
         flat = torch.utils._pytree.tree_map(lambda t: t[0], through)
