@@ -18,12 +18,26 @@ from wearfleet_cloud.federated.fedper import FedPer
 from wearfleet_cloud.federated.fedprox import FedProx
 from wearfleet_cloud.federated.fedrep import FedRep
 from wearfleet_cloud.federated.fedyogi import FedYogi
+from wearfleet_cloud.federated.perfedavg import PerFedAvg
+from wearfleet_cloud.federated.scaffold import Scaffold
 from wearfleet_cloud.federated.training_options import LocalTraining, parse_options
 
 __all__ = ["STRATEGIES", "create_strategy"]
 
 _Class = type[
-    Ditto | FedAdagrad | FedAdam | FedAvg | FedAvgM | FedBN | FedNova | FedPer | FedProx | FedRep | FedYogi
+    Ditto
+    | FedAdagrad
+    | FedAdam
+    | FedAvg
+    | FedAvgM
+    | FedBN
+    | FedNova
+    | FedPer
+    | FedProx
+    | FedRep
+    | FedYogi
+    | PerFedAvg
+    | Scaffold
 ]
 
 STRATEGIES: Final[Mapping[str, _Class]] = {
@@ -38,6 +52,8 @@ STRATEGIES: Final[Mapping[str, _Class]] = {
     "fedprox": FedProx,
     "fedrep": FedRep,
     "fedyogi": FedYogi,
+    "perfedavg": PerFedAvg,
+    "scaffold": Scaffold,
 }
 
 

@@ -22,12 +22,10 @@ from wearfleet_cloud.federated.base import LEARNED_ROLES, StrategyInfo
 from wearfleet_cloud.federated.training_options import LocalTraining
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from wearfleet_models.classifier import Classifier
 
-    from wearfleet_cloud.federated.client_program import ClientProgram, GradientRule
-
-    Tensors = dict[str, Tensor]
+    from wearfleet_cloud.federated.client_program import ClientProgram
+    from wearfleet_cloud.federated.client_steps import GradientRule, Tensors
 
 __all__ = ["FedProx", "pull"]
 

@@ -10,6 +10,7 @@ from wearfleet_protos.errors import IntegrityError
 from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
 from wearfleet_protos.tensors import (
     Digest,
+    TensorGroup,
     TensorRole,
     TensorSpec,
     check_finite,
@@ -41,7 +42,7 @@ def tensors_of_model(model: bytes, specs: tuple[TensorSpec, ...]) -> dict[str, N
         specs: ``Plan.download_specs()``.
 
     Raises:
-        IntegrityError: a tensor other than a counter is not in the graph.
+        IntegrityError: a tensor of the model other than a counter is not in the graph.
         ShapeError: one has another shape or type.
     """
     found = {
@@ -52,7 +53,8 @@ def tensors_of_model(model: bytes, specs: tuple[TensorSpec, ...]) -> dict[str, N
     for spec in specs:
         if spec.name in found:
             tensors[spec.name] = found[spec.name].reshape(spec.shape)
-        elif spec.role == TensorRole.COUNTER:  # training counts batches, the exported model does not
+        elif spec.role == TensorRole.COUNTER or spec.group == TensorGroup.ANCHOR:
+            # training counts batches, the exported model does not; a strategy's own tensors begin at 0
             tensors[spec.name] = np.zeros(spec.shape, spec.dtype)
         else:
             raise IntegrityError(

@@ -42,7 +42,7 @@ def contribution(name: str, result: ClientResult) -> Contribution:
     ],
 )
 def test_a_round_of_the_plan_is_a_round_of_the_reference(name: str, backbone: str) -> None:
-    options = {"batch_size": 16, "epochs": 2, "momentum": 0.9}
+    options = {"batch_size": 16, "epochs": 2, **({} if name == "scaffold" else {"momentum": 0.9})}
     strategy, network = create_strategy(name, options), model(backbone)
     downloaded = arrays(network)
     persisted = {n: a + np.asarray(0.25, a.dtype) for n, a in downloaded.items() if "norm1" in n}
@@ -58,8 +58,8 @@ def test_a_round_of_the_plan_is_a_round_of_the_reference(name: str, backbone: st
         assert metrics[metric] == pytest.approx(value, rel=1e-4), metric
     assert metrics["evaluate_before/count"] == metrics["evaluate_after/count"] == 21
     trained = [value for metric, value in metrics.items() if metric.startswith("train") and "count" in metric]
-    assert sum(value % 45 for value in trained) == 0, "a window was left out"
-    assert 2 * 45 in trained
+    per_epoch = 16 + 6 if name == "perfedavg" else 45  # D' of 32 and of 13 windows
+    assert 2 * per_epoch in trained, "a window was left out or came twice"
 
 
 def test_fedprox_without_pull_is_fedavg_exactly() -> None:

@@ -1,0 +1,197 @@
+"""The pure steps of a client: gradients of a batch, an optimiser's update, a measurement."""
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
+
+from wearfleet_cloud.federated.plan_compiler import Step
+from wearfleet_cloud.training.optimisers import Optimiser
+
+__all__ = [
+    "TRAINED_ROLES",
+    "Direction",
+    "GradientRule",
+    "Tensors",
+    "evaluation_step",
+    "is_trained",
+    "loss_gradient",
+    "optimising_step",
+    "training_step",
+]
+
+Tensors = dict[str, Tensor]
+
+GradientRule = Callable[[Tensors, Tensors, Tensors], Tensors]
+"""From gradients, parameters and everything the step was given to the gradients that the optimiser sees."""
+
+Direction = Callable[[Tensors, Tensors], tuple[Tensors, Tensors, Tensors]]
+"""From parameters and everything the step was given to what the optimiser takes for gradients, the buffers that
+changed, and metrics."""
+
+TRAINED_ROLES = (TensorRole.SHARED, TensorRole.NORM_AFFINE, TensorRole.HEAD)
+_PACKED = "packed"
+_LARGE_PARAMETER = 16_384
+"""Elements from which a parameter is updated on its own; smaller ones are updated as one vector, because the fixed
+cost of a graph node outweighs their arithmetic, and copying a large one outweighs the node."""
+
+
+def evaluation_step(model: nn.Module) -> Step:
+    """Loss and hits of a batch in evaluation mode.
+
+    Returns:
+        A step whose results are ``loss_sum`` (nats), ``correct`` and ``count``, each weighted by window.
+    """
+    evaluated = copy.deepcopy(model).eval()
+    names = tuple(evaluated.state_dict())
+
+    def step(given: Tensors) -> Tensors:
+        logits = functional_call(evaluated, {name: given[name] for name in names}, (given["x"],))
+        return _metrics(logits, _cross_entropy(logits, given["y"]), given)
+
+    return step
+
+
+def training_step(
+    model: nn.Module,
+    specs: Sequence[TensorSpec],
+    optimiser: Optimiser,
+    rule: GradientRule | None = None,
+    *,
+    roles: Collection[TensorRole] = TRAINED_ROLES,
+) -> tuple[Step, tuple[TensorSpec, ...]]:
+    """One optimiser step on the weighted mean cross-entropy of a batch.
+
+    Args:
+        model: the classifier; it is copied.
+        specs: its tensors.
+        optimiser: pure update.
+        rule: changes the gradients before the optimiser.
+        roles: of the parameters that are trained. Without SHARED the network is in evaluation mode: nothing of what is
+            frozen changes, statistics of normalisation neither.
+
+    Returns:
+        The step, and the specifications of the optimiser's tensors. Results are the new parameters, the buffers that
+        changed, the optimiser's tensors, and the metrics of ``evaluation_step`` on the batch before the update.
+    """
+    gradient = loss_gradient(model, specs, roles)
+
+    def direction(params: Tensors, given: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+        grads, buffers, metrics = gradient(params, given)
+        return (grads if rule is None else rule(grads, params, given)), buffers, metrics
+
+    return optimising_step(specs, optimiser, direction, roles)
+
+
+def loss_gradient(
+    model: nn.Module, specs: Sequence[TensorSpec], roles: Collection[TensorRole] = TRAINED_ROLES
+) -> Direction:
+    """The gradient of the weighted mean cross-entropy of a batch with respect to the parameters of some roles."""
+    trained = copy.deepcopy(model).train(TensorRole.SHARED in roles)
+    rest = tuple(spec.name for spec in specs if not is_trained(spec, roles))
+
+    def gradient(params: Tensors, given: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+        fixed = {name: given[name] for name in rest}
+
+        def objective(params: Tensors) -> tuple[Tensor, tuple[Tensors, Tensors]]:
+            tensors = {**params, **fixed}
+            logits = functional_call(trained, tensors, (given["x"], given["weight"], given["rng"]))
+            losses = _cross_entropy(logits, given["y"])
+            mean = (losses * given["weight"]).sum() / torch.clamp(given["weight"].sum(), min=1e-12)
+            changed = {name: tensors[name] for name in rest if tensors[name] is not fixed[name]}
+            return mean, (changed, _metrics(logits.detach(), losses.detach(), given))
+
+        grads, (_, (buffers, metrics)) = grad_and_value(objective, has_aux=True)(params)
+        return grads, buffers, metrics
+
+    return gradient
+
+
+def optimising_step(
+    specs: Sequence[TensorSpec],
+    optimiser: Optimiser,
+    direction: Direction,
+    roles: Collection[TensorRole] = TRAINED_ROLES,
+) -> tuple[Step, tuple[TensorSpec, ...]]:
+    """One optimiser step along a direction; see :func:`training_step`."""
+    weights = {spec.name: spec.shape for spec in specs if is_trained(spec, roles)}
+    groups = _update_groups(weights)
+
+    def step(given: Tensors) -> Tensors:
+        params = {name: given[name] for name in weights}
+        grads, buffers, metrics = direction(params, given)
+        return {**_update(optimiser, groups, params, grads, given), **buffers, **metrics}
+
+    return step, _slot_specs(optimiser, weights, groups)
+
+
+def is_trained(spec: TensorSpec, roles: Collection[TensorRole] = TRAINED_ROLES) -> bool:
+    """Whether a tensor is a parameter of these roles."""
+    return spec.group == TensorGroup.PARAM and spec.role in roles
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, K), (B,) -> (B,) nats; written with a comparison, whose gradient needs no scatter."""
+    chosen = (labels[:, None] == torch.arange(logits.shape[1], device=labels.device)).to(logits.dtype)
+    return -(torch.log_softmax(logits, dim=1) * chosen).sum(dim=1)
+
+
+def _metrics(logits: Tensor, losses: Tensor, given: Tensors) -> Tensors:
+    weight = given["weight"]
+    hits = (logits.argmax(dim=1) == given["y"]).to(weight.dtype)
+    return {
+        "loss_sum": (losses * weight).sum(),
+        "correct": (hits * weight).sum(),
+        "count": weight.sum(),
+    }
+
+
+def _update_groups(weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+    """Names of the parameters that are updated together, by the name of the group."""
+    large = {
+        name: (name,) for name, shape in weights.items() if torch.Size(shape).numel() >= _LARGE_PARAMETER
+    }
+    small = tuple(name for name in weights if name not in large)
+    return {**large, **({_PACKED: small} if small else {})}
+
+
+def _slot_specs(
+    optimiser: Optimiser, weights: Mapping[str, tuple[int, ...]], groups: Mapping[str, tuple[str, ...]]
+) -> tuple[TensorSpec, ...]:
+    vectors = {
+        group: torch.zeros(sum(torch.Size(weights[name]).numel() for name in names))
+        for group, names in groups.items()
+    }
+    return tuple(
+        TensorSpec(name, "float32", tuple(slot.shape), TensorRole.AUX, TensorGroup.OPTIMISER, "zeros")
+        for name, slot in optimiser.init(vectors).items()
+    )
+
+
+def _update(
+    optimiser: Optimiser,
+    groups: Mapping[str, tuple[str, ...]],
+    params: Tensors,
+    grads: Tensors,
+    given: Tensors,
+) -> Tensors:
+    """Every group by the optimiser as one vector; new parameters in their shapes and new slots."""
+    parts: list[Tensors] = []
+    for group, names in groups.items():
+        vectors, slots = optimiser.update(
+            {group: torch.cat([params[name].reshape(-1) for name in names])},
+            {group: torch.cat([grads[name].reshape(-1) for name in names])},
+            given,
+            given["learning_rate"],
+        )
+        pieces = torch.split(vectors[group], [params[name].numel() for name in names])
+        parts.append(
+            {name: piece.reshape(params[name].shape) for name, piece in zip(names, pieces, strict=True)}
+        )
+        parts.append(slots)
+    updated = dict(chain.from_iterable(part.items() for part in parts))
+    return {name: updated[name] for name in (*params, *(n for n in updated if n not in params))}
