@@ -69,7 +69,7 @@ def quantile(values: Tensor, share: Tensor, weight: Tensor | None = None) -> Ten
     Returns:
         (...).
     """
-    count = torch.tensor(values.shape[-1], device=values.device)
+    count = torch.full((), values.shape[-1], device=values.device)
     if weight is not None:
         count = (weight > 0.0).sum()
         values = torch.where(weight > 0.0, values, torch.inf)
