@@ -44,10 +44,12 @@ def contribution(name: str, result: ClientResult) -> Contribution:
 def test_a_round_of_the_plan_is_a_round_of_the_reference(name: str, backbone: str) -> None:
     options = {"batch_size": 16, "epochs": 2, **({} if name == "scaffold" else {"momentum": 0.9})}
     strategy, network = create_strategy(name, options), model(backbone)
-    downloaded = arrays(network)
+    plan, graphs = build_plan(strategy, network, CONTRACT, plan_id="p", seed=SEED)
+    generator = np.random.default_rng(5)
+    downloaded = {s.name: generator.normal(0, 0.01, s.shape).astype(s.dtype) for s in plan.download_specs()}
+    downloaded |= arrays(network)
     persisted = {n: a + np.asarray(0.25, a.dtype) for n, a in downloaded.items() if "norm1" in n}
     expected = run_client(strategy, network, downloaded, persisted, splits(1), seed=SEED, round_number=ROUND)
-    plan, graphs = build_plan(strategy, network, CONTRACT, plan_id="p", seed=SEED)
     state, update, metrics = run_plan(plan, graphs, downloaded, persisted, splits(1), round_number=ROUND)
     assert update.keys() == expected.update.keys()
     for tensor, array in expected.state.items():
