@@ -2,7 +2,8 @@
 
 Updates are loaded one at a time in the order of their clients' names, so memory is a few models however many
 clients there are, and the result is the same bit for bit. Means are updated incrementally
-(m <- m + (x - m) w / W, West 1979), so equal updates return themselves exactly.
+(m <- m + (x - m) w / W, West 1979), so equal updates return themselves exactly. ``kernels.robust.weighted_mean``, which
+takes all updates as one tensor of torch, serves the rules that must see them together.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
