@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 EPS32 = 2.0**-24  # unit roundoff of the accumulation
+FLUSHED = (
+    2.0**-126
+)  # the smallest normal number of float32 and bfloat16: a device may take smaller ones for 0
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
 
 

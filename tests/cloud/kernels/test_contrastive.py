@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_checks import EPS32, ROUNDOFF, assert_within, planted, truth, value_and_gradients
 from torch.func import grad, vmap
+from wearfleet_cloud.kernels import contrastive
 from wearfleet_cloud.kernels.contrastive import (
     kernel,  # the Triton kernels, called directly: on a CPU they run in Triton's interpreter
     multi_positive,
@@ -141,7 +142,7 @@ def test_many_rows_in_several_slabs_and_without_splits(device):
     check_sigmoid(kernel.sigmoid_losses_triton, make(1023, 2, 4), device)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 63), (17, 33, 5), (63, 20, 70)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 63), (17, 33, 5), (63, 20, 70), (129, 2, 3)])
 def test_the_sigmoid_kernel_is_the_reference(shape, device):
     check_sigmoid(kernel.sigmoid_losses_triton, make(*shape), device)
 
@@ -156,21 +157,31 @@ def test_extreme_similarities(scale, device):
     check_softmax(kernel.softmax_statistics_triton, make(17, 33, 5, scale=scale), False, device)
 
 
-def test_similarities_of_ten_thousand_stay_finite(device):
-    leaves, labels, _ = make(17, 33, 5, scale=1e4)
-    rest = [label.to(device) for label in labels]
-    bias = torch.tensor(-2.0, device=device)
+def test_similarities_of_ten_thousand(device):
+    check_softmax(kernel.softmax_statistics_triton, make(17, 33, 5, scale=1e4), False, device)
+    check_sigmoid(kernel.sigmoid_losses_triton, make(17, 33, 5, scale=1e4), device)
 
-    def softmax(*values):
-        return sum(part.sum() for part in kernel.softmax_statistics_triton(*values, *rest, False)[:2])
 
-    def sigmoid(*values):
-        return kernel.sigmoid_losses_triton(*values, bias, *rest).sum()
+@pytest.mark.parametrize("scale", [1e4, 1e-40])
+def test_features_of_extreme_length(scale, device, monkeypatch):
+    """Unit vectors do not see the length; what is shorter than 1e-12 counts as no direction at all."""
+    z, labels = features(rows=17)
+    z = (scale * z).float()
+    exact, (slope,) = value_and_gradients(lambda x: supervised_contrastive(x, labels), [z.double()])
+    monkeypatch.setattr(contrastive, "takes_triton", lambda *_: True)
+    found, (found_slope,) = value_and_gradients(
+        lambda x: supervised_contrastive(x, labels.to(device)), [z.to(device)]
+    )
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)  # similarities up to 14 of 11 roundings
+    allowed = 1e-4 * slope.abs().max().item()
+    torch.testing.assert_close(found_slope.double().cpu(), slope, rtol=0, atol=allowed)
 
-    for call in (softmax, sigmoid):
-        value, slopes = value_and_gradients(call, [leaf.to(device) for leaf in leaves])
-        assert value.isfinite()
-        assert all(slope.isfinite().all() for slope in slopes)
+
+def test_a_class_without_columns_has_no_positives(device):
+    leaves, (labels, others), upstream = make(17, 33, 5)
+    problem = leaves, (labels.clamp(min=0), torch.where(others == 1, 2, others)), upstream
+    check_softmax(kernel.softmax_statistics_triton, problem, False, device)
+    check_sigmoid(kernel.sigmoid_losses_triton, problem, device)
 
 
 def test_features_that_are_not_contiguous(device):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from kernel_checks import EPS32, assert_within, planted, truth, value_and_gradients
+from kernel_checks import EPS32, FLUSHED, assert_within, planted, truth, value_and_gradients
 from torch.func import grad, vmap
 from wearfleet_cloud.kernels.coral import (
     coral_penalty_reference,
@@ -45,7 +45,9 @@ def check(function, features, weight, device):
     step = 2 * relative + (width + windows * domains) * EPS32
     pairs = domains * (domains - 1) / 2
     means = domains * windows * EPS32 * 4 * z.abs().max() ** 2 / pairs * domains
-    assert_within(found.float(), value, 2 * step * domains * gram**2 / (width**2 * pairs) + means, "penalty")
+    assert_within(
+        found.float(), value, 2 * step * domains * gram**2 / (width**2 * pairs) + means + FLUSHED, "penalty"
+    )
     reach = (weights[..., None] / (total - 1)).sqrt().max()
     bound = 2 * step * 4 * domains * gram * flat.norm() * reach / (width**2 * pairs)
     bound = (
@@ -59,7 +61,7 @@ def check(function, features, weight, device):
         / (width * pairs)
         * (weights / total[..., 0]).max()
     )
-    assert_within(found_slope, slope, bound, "gradient")
+    assert_within(found_slope, slope, bound + FLUSHED, "gradient")
 
 
 def form(gram):
@@ -67,7 +69,7 @@ def form(gram):
 
 
 @pytest.mark.parametrize("gram", FORMS)
-@pytest.mark.parametrize("shape", [(2, 2, 1), (2, 3, 63), (3, 17, 33), (4, 33, 70), (2, 129, 5)])
+@pytest.mark.parametrize("shape", [(2, 2, 1), (2, 3, 63), (3, 21, 33), (4, 33, 70), (2, 129, 5)])
 def test_the_kernel_is_the_reference(gram, shape, device):
     check(form(gram), *make(*shape), device)
 
@@ -95,7 +97,7 @@ def test_bfloat16_is_rounded_only_on_the_way_in_and_out(gram, device):
 
 
 @pytest.mark.parametrize("gram", FORMS)
-@pytest.mark.parametrize("scale", [1e4, 1e-6])
+@pytest.mark.parametrize("scale", [1e4, 1e-6, 1e-40])
 def test_extreme_features(gram, scale, device):
     check(form(gram), *make(3, 9, 20, scale=scale), device)
 

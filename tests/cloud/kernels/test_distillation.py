@@ -63,19 +63,26 @@ def test_labels_and_weights_may_be_left_out(divergence, labelled, weighted, devi
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("scale", [30.0, 1e-40])
+@pytest.mark.parametrize("scale", [30.0, 1e4, 1e-40])
 def test_extreme_logits(divergence, scale, device):
     check(kernel.distillation_triton, *make(9, 5, scale=scale), (divergence, 2.0, 0.7, 0.5), device)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_logits_of_ten_thousand_stay_finite(divergence, device):
-    leaves, (labels, weight) = make(9, 5, scale=1e4)
+def test_logits_that_are_not_contiguous_and_a_class_that_no_window_has(divergence, device):
+    (student, teacher), (labels, weight) = make(9, 5)
+    turned = student.T.contiguous().T, teacher.T.contiguous().T
+    check(
+        kernel.distillation_triton, turned, (labels.clamp(max=3), weight), (divergence, 2.0, 0.7, 0.5), device
+    )
+
+
+def test_two_far_tails_leave_the_definition_finite():
+    logits = torch.tensor([[0.0, -2000.0], [-2000.0, 0.0]])
     value, gradients = value_and_gradients(
-        kernel.distillation_triton, [t.to(device) for t in leaves], labels.to(device), weight.to(device),
-        divergence, 2.0, 0.5, 0.5,
-    )  # fmt: skip
-    assert value.isfinite()
+        distillation_reference, [logits, logits.flip(0)], None, None, "jensen-shannon", 1.0, 1.0, 0.5
+    )
+    assert value.item() == pytest.approx(torch.tensor(2.0).log().item())
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 

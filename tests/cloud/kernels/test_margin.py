@@ -284,6 +284,15 @@ def test_the_replaced_cross_entropy_of_extreme_logits(scale, device):
     check_replaced(kernel.replaced_cross_entropy_triton, 17, 6, device, scale=scale)
 
 
+def test_the_replaced_cross_entropy_of_logits_that_are_not_contiguous(device):
+    def turned(logits, target, labels):
+        return kernel.replaced_cross_entropy_triton(
+            logits.T.contiguous().T, torch.stack([target] * 2, 1)[:, 0], labels
+        )
+
+    check_replaced(turned, 17, 6, device)
+
+
 def test_the_replaced_cross_entropy_in_bfloat16(device):
     check_replaced(kernel.replaced_cross_entropy_triton, 17, 6, device, dtype=torch.bfloat16)
 

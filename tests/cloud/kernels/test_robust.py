@@ -159,7 +159,7 @@ def test_extreme_values(scale, count, device):
     check_sum(updates.clamp(-3e36, 3e36), device)
 
 
-@pytest.mark.parametrize("scale", [1e4, 1e-15, 1e15])
+@pytest.mark.parametrize("scale", [1e4, 1e-15, 1e-40, 1e15])
 def test_distances_of_extreme_values(scale, device):
     for function in DISTANCES:
         check_distances(function, make(9, 30, scale=scale), device)
