@@ -53,7 +53,9 @@ def test_a_round_of_the_plan_is_a_round_of_the_reference(name: str, backbone: st
     state, update, metrics = run_plan(plan, graphs, downloaded, persisted, splits(1), round_number=ROUND)
     assert update.keys() == expected.update.keys()
     for tensor, array in expected.state.items():
-        error = np.linalg.norm(state[tensor] - array) / max(float(np.linalg.norm(array)), 1e-3)
+        # a control is (x - y) / (K rate), and so is the rounding of y; K is 6, the rate 0.01
+        least = 1e-3 / 0.06 if "control" in tensor else 1e-3
+        error = np.linalg.norm(state[tensor] - array) / max(float(np.linalg.norm(array)), least)
         assert error < 2e-5, tensor
     assert metrics.keys() == expected.metrics.keys()
     for metric, value in expected.metrics.items():
