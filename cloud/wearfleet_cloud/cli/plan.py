@@ -40,6 +40,7 @@ def strategies(as_json: Json = False) -> None:
             "phases": list(info.phases),
             "uploaded": [str(role) for role in info.uploaded],
             "kept_local": [str(role) for role in info.kept_local],
+            "kept_beside": list(info.kept_beside),
             "composes_with": list(info.composes_with),
             "hyper_parameters": dict(info.hyper_parameters),
         }
@@ -54,7 +55,7 @@ def strategies(as_json: Json = False) -> None:
             row["name"],
             row["paper"],
             ", ".join(row["phases"]),
-            ", ".join(row["kept_local"]) or "nothing",
+            ", ".join([*row["kept_local"], *row["kept_beside"]]) or "nothing",
             ", ".join(row["composes_with"]),
         )
     Console().print(table)
@@ -152,6 +153,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "download_bytes": sum(s.size_bytes for s in plan.download_specs()),
         "upload_bytes": sum(s.size_bytes for s in plan.upload_specs()),
         "keep_local": [str(role) for role in plan.keep_local],
+        "kept_bytes": sum(s.size_bytes for s in plan.local_specs()),
         "phases": [
             {
                 "name": p.name,
@@ -183,5 +185,5 @@ def _print(summary: dict[str, Any], as_json: bool) -> None:
     Console().print(table)
     Console().print(
         f"down {summary['download_bytes']} bytes of tensors and {summary['graph_bytes']} of graphs, "
-        f"up {summary['upload_bytes']}; stays on the device: {', '.join(summary['keep_local']) or 'nothing'}"
+        f"up {summary['upload_bytes']}; {summary['kept_bytes']} bytes stay on the device"
     )

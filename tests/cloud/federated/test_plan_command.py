@@ -9,7 +9,7 @@ import typer
 from oracles.small_federation import CONTRACT, model
 from typer.testing import CliRunner
 from wearfleet_cloud.cli.plan import parse_settings, register
-from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated import STRATEGIES, create_strategy
 from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.plan_files import check_plan, load_plan, save_plan
 from wearfleet_cloud.training.model_files import save_model
@@ -35,8 +35,11 @@ def folder(tmp_path: Path) -> Path:
 
 def test_strategies_are_listed_with_what_stays_local() -> None:
     rows = {row["name"]: row for row in json.loads(call("strategies", "--json"))}
-    assert rows.keys() == {"fedavg", "fedbn", "fedprox"}
+    assert rows.keys() == STRATEGIES.keys()
     assert rows["fedbn"]["kept_local"] == ["NORM_AFFINE", "NORM_STAT", "COUNTER"]
+    assert (rows["ditto"]["kept_local"], rows["ditto"]["kept_beside"]) == ([], ["a personal model"])
+    assert rows["fedrep"]["phases"] == ["evaluate_before", "train_head", "train_body", "evaluate_after"]
+    assert "async" not in rows["scaffold"]["composes_with"]
     assert "mu" in rows["fedprox"]["hyper_parameters"]
     assert "fedprox" in call("strategies")
 
@@ -45,6 +48,7 @@ def test_a_saved_plan_is_shown_and_verified(folder: Path) -> None:
     shown = json.loads(call("plan", "show", str(folder), "--json"))
     assert [p["name"] for p in shown["phases"]] == ["evaluate_before", "train", "evaluate_after"]
     assert 0 < shown["upload_bytes"] < shown["download_bytes"]
+    assert 0 < shown["kept_bytes"] < shown["download_bytes"]
     verified = json.loads(call("plan", "verify", str(folder), "--json"))
     assert verified["valid"] is True
     assert verified["phases"][1]["operators"]["ConvTranspose"] == 1
@@ -65,6 +69,7 @@ def test_a_plan_is_built_from_a_training_run(tmp_path: Path) -> None:
         "split": "random",
         "train_windows": 1,
         "validation_windows": 1,
+        "labels": ["1", "2", "3", "4", "5", "6"],
     }
     (run / "result.json").write_text(json.dumps(result))
     out = tmp_path / "plan"
