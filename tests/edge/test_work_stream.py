@@ -121,7 +121,7 @@ def test_a_stream_that_was_lost_between_two_questions_is_opened_again_without_an
     service.end_stream()
     connection = cloud._work._connection
     assert connection is not None
-    assert wait_until(lambda: connection.lost)
+    assert wait_until(lambda: not connection.call.is_active())
     assert cloud.poll_task(0.0, "").task is None
     assert service.streams == 2
 

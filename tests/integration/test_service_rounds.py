@@ -331,3 +331,21 @@ async def test_a_service_stopped_in_mid_round_goes_on_with_it(tmp_path):
         state.database.close()
         for device in (anna, ben):
             await device.close()
+
+
+async def test_a_strategy_that_fails_in_an_unforeseen_way_ends_the_round_and_not_the_service(
+    pair, monkeypatch
+):
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("wearfleet_cloud.service.folding.Folding.fold", fail)
+    await pair.anna.answer(pair.tasks[0], 1.0)
+    await pair.ben.answer(pair.tasks[1], 1.0)
+    await pair.anna.task()
+    state = open_state(pair.settings)
+    with state.database.read() as connection:
+        first, *_ = list_rounds(connection, pair.run_id)
+    assert first.state == "skipped"
+    assert "internal error" in first.snapshot["reason"]
+    state.database.close()

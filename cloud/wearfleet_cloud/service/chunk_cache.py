@@ -4,10 +4,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from wearfleet_protos.chunks import CHUNK_BYTES, crc32c
+from wearfleet_protos.chunks import CHUNK_BYTES, RECEIVED_CHUNK, chunk_message
 from wearfleet_protos.errors import ProtocolError
 from wearfleet_protos.tensors import Digest
-from wearfleet_protos.v1 import artifact_pb2
 
 from wearfleet_cloud.storage.blobs import Blobs
 
@@ -59,6 +58,4 @@ class ChunkCache:
 
 def _messages(data: bytes | memoryview, offset: int) -> Iterator[bytes]:
     for begin in range(offset, len(data), CHUNK_BYTES):
-        part = bytes(data[begin : begin + CHUNK_BYTES])
-        chunk = artifact_pb2.Chunk(offset=begin, data=part, crc32c=crc32c(part))
-        yield artifact_pb2.DownloadArtifactResponse(chunk=chunk).SerializeToString()
+        yield chunk_message(RECEIVED_CHUNK, begin, memoryview(data)[begin : begin + CHUNK_BYTES])

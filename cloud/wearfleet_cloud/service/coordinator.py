@@ -57,7 +57,7 @@ from wearfleet_cloud.storage.run_records import (
     Submission,
     find_run,
     finish_run,
-    insert_submission,
+    insert_submissions,
     list_rounds,
     list_submissions,
     next_running,
@@ -196,15 +196,17 @@ class Coordinator:
         self, keeper: RoundKeeper, events: Sequence[tuple[Event, Submission | None]], works: Sequence[Work]
     ) -> list[Answer | None]:
         todo, answers, all_effects = list(works), [], list[Effect]()
-        current = keeper.round
+        current, accepted = keeper.round, list[Submission]()
         for event, submission in events:
             current, effects = advance(current, event, time.time())
             answer = next((effect for effect in effects if isinstance(effect, Answer)), None)
             if submission is not None and answer is not None and answer.status == AnswerStatus.ACCEPTED:
-                todo.append(partial(insert_submission, submission=submission))
+                accepted.append(submission)
                 keeper.submissions[submission.device_id] = submission
             answers.append(answer)
             all_effects += effects
+        if accepted:
+            todo.append(partial(insert_submissions, accepted=accepted))
         fetched_only = all(isinstance(event, TaskFetched) for event, _ in events)
         if current is not keeper.round and not fetched_only:  # who fetched is written with the next change
             todo.append(keeper.save(current))
@@ -353,6 +355,9 @@ class Coordinator:
         except WearfleetError as error:
             _LOGGER.error("round %d of %s: %s", keeper.round.number, run.run_id, error)  # noqa: TRY400 - says it all
             event = AggregationFailed(str(error)[:400])
+        except Exception:  # a strategy may raise anything; the round must end all the same
+            _LOGGER.exception("round %d of %s", keeper.round.number, run.run_id)
+            event = AggregationFailed("internal error; the service's log tells more")
         await self._surely(keeper, event, works)
 
     async def _adopt(self) -> None:

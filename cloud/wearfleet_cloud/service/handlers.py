@@ -138,9 +138,8 @@ class Artifacts:
                     await asyncio.to_thread(upload.store)
             if upload.complete:
                 small = upload.offset <= SMALL_BYTES
-                self._updates.keep(
-                    device_id, digest, upload.finish() if small else await asyncio.to_thread(upload.finish)
-                )
+                data = upload.finish() if small else await asyncio.to_thread(upload.finish)
+                self._updates.keep(device_id, digest, upload, data)
                 return ArtifactState(True, upload.offset, upload.offset)
             await asyncio.to_thread(upload.store)
         return ArtifactState(False, 0, upload.offset)

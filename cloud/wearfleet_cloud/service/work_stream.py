@@ -3,12 +3,14 @@
 Each question does what the call of the same name does, through the same functions; only the bytes take another way.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Protocol
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 from google.protobuf.message import DecodeError
-from wearfleet_protos.chunks import SENT_CHUNK, WireChunk, split_chunk
+from wearfleet_protos.chunks import CHUNK_BYTES, SENT_CHUNK, WireChunk, split_chunk
 from wearfleet_protos.errors import ProtocolError, TransportError
 from wearfleet_protos.v1 import federation_pb2
 
@@ -16,7 +18,10 @@ from wearfleet_cloud.service.federation import Federation
 from wearfleet_cloud.service.handlers import Artifacts
 from wearfleet_cloud.service.rpc_messages import fill_task, receipt_of, submission_of, wait_of
 
-__all__ = ["Pipe", "WorkStreams"]
+__all__ = ["Pipe", "Turns", "WorkStreams"]
+
+_AT_ONCE: Final = 2
+_LONGEST_TURN_S: Final = 0.05
 
 
 class Pipe(Protocol):
@@ -43,10 +48,12 @@ class WorkStreams:
     Args:
         artifacts: tensors and updates.
         federation: tasks and submissions.
+        turns: of those who get tensors.
     """
 
     artifacts: Artifacts
     federation: Federation
+    turns: "Turns" = field(default_factory=lambda: Turns(_AT_ONCE, _LONGEST_TURN_S))
 
     async def serve(self, pipe: Pipe) -> None:
         """Answer questions until the device ends the stream.
@@ -82,9 +89,11 @@ class WorkStreams:
             return
         response.poll.task.streamed_bytes = task.tensors_bytes
         rest = response.SerializeToString()
-        for message in self.artifacts.download(task.tensors_digest, 0):
-            await pipe.write(rest + message)  # fields of one message in any order are that message
-            rest = b""
+        messages = self.artifacts.download(task.tensors_digest, 0)
+        async with self.turns if task.tensors_bytes > CHUNK_BYTES else nullcontext():
+            for message in messages:
+                await pipe.write(rest + message)  # fields of one message in any order are that message
+                rest = b""
 
     async def _submit(
         self, pipe: Pipe, request: federation_pb2.SubmitUpdateRequest, first: WireChunk | None
@@ -97,6 +106,34 @@ class WorkStreams:
             await self.artifacts.take_in(device_id, request.update_digest, size, chunks)
         answer = await self.federation.submit(submission, request.base_digest)
         await pipe.write(federation_pb2.WorkResponse(receipt=receipt_of(answer)).SerializeToString())
+
+
+class Turns:
+    """A few at a time: the first ones have all tensors early and compute while the next ones get theirs.
+
+    Nobody waits longer than the limit, so that devices with slow networks do not hold up the others.
+
+    Args:
+        at_once: how many.
+        longest_s: after this time one goes ahead in any case.
+    """
+
+    def __init__(self, at_once: int, longest_s: float) -> None:
+        self._free = asyncio.Semaphore(at_once)
+        self._longest_s = longest_s
+        self._holders = set[asyncio.Task[object] | None]()
+
+    async def __aenter__(self) -> None:
+        """Wait for a turn, or for the limit."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._free.acquire(), self._longest_s)
+            self._holders.add(asyncio.current_task())
+
+    async def __aexit__(self, *_: object) -> None:
+        """Give the turn to the next one."""
+        if asyncio.current_task() in self._holders:
+            self._holders.discard(asyncio.current_task())
+            self._free.release()
 
 
 async def _chunks(pipe: Pipe, chunk: WireChunk | None, size: int) -> AsyncIterator[WireChunk]:

@@ -135,7 +135,8 @@ class Upload:
     def __init__(
         self, partial: Path, target: Path, digest: Digest, size_bytes: int, spare: Path | None = None
     ) -> None:
-        self._partial, self._target, self._spare = partial, target, spare
+        self.target = target
+        self._partial, self._spare = partial, spare
         self._digest, self._size = digest, size_bytes
         self._hash = hashlib.sha256()
         self._waiting: list[bytes | memoryview] = []
@@ -168,7 +169,7 @@ class Upload:
         return self._waiting_bytes >= _MOST_WAITING_BYTES
 
     def append(self, offset: int, data: bytes | memoryview) -> None:
-        """Add the next bytes; they are hashed at once, while the processor's cache has them.
+        """Add the next bytes.
 
         Raises:
             ConflictError: they are not the next ones.
@@ -178,17 +179,15 @@ class Upload:
             raise ConflictError(f"upload stands at {self.offset} bytes, got a chunk for offset {offset}")
         if offset + len(data) > self._size:
             raise ProtocolError(f"upload of {self._size} bytes got {offset + len(data)}")
-        self._hash.update(data)
         self._waiting.append(data)
         self._waiting_bytes += len(data)
 
     def store(self) -> None:
-        """Write what waits behind what is stored; slow."""
+        """Hash what waits, and write it behind what is stored; slow."""
         if self._waiting:
+            waiting = self._take_waiting()
             with self._partial.open("ab") as file:
-                file.writelines(self._waiting)
-            self._stored += self._waiting_bytes
-            self._waiting, self._waiting_bytes = [], 0
+                file.writelines(waiting)
 
     def finish(self) -> bytes | memoryview | None:
         """Check the digest and make the bytes an artifact; slow.
@@ -204,18 +203,25 @@ class Upload:
             self.store()
             self._check()
             try:
-                self._partial.replace(self._target)
+                self._partial.replace(self.target)
             except FileNotFoundError as error:
                 raise ConflictError(
                     f"upload of {self._digest} was dropped meanwhile; nobody waits for it"
                 ) from error
             return None
-        data = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
-        self._waiting, self._waiting_bytes = [], 0
-        self._stored = len(data)
+        waiting = self._take_waiting()
         self._check()
-        write_over(self._spare, self._partial, data).replace(self._target)
+        data = waiting[0] if len(waiting) == 1 else b"".join(waiting)
+        write_over(self._spare, self._partial, data).replace(self.target)
         return data
+
+    def _take_waiting(self) -> list[bytes | memoryview]:
+        waiting, self._waiting = self._waiting, []
+        for part in waiting:
+            self._hash.update(part)
+        self._stored += self._waiting_bytes
+        self._waiting_bytes = 0
+        return waiting
 
     def _check(self) -> None:
         found = "sha256:" + self._hash.hexdigest()

@@ -1,6 +1,6 @@
 """Queries about federated runs, their rounds and what devices handed in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ __all__ = [
     "find_submission",
     "finish_run",
     "insert_run",
-    "insert_submission",
+    "insert_submissions",
     "last_round",
     "list_rounds",
     "list_runs",
@@ -161,9 +161,9 @@ def list_rounds(connection: Connection, run_id: str) -> list[RoundRow]:
     return [RoundRow(**row) for row in connection.execute(query).mappings()]
 
 
-def insert_submission(connection: Connection, submission: Submission) -> None:
-    """Store an accepted submission; the primary key makes a second one with the same key impossible."""
-    connection.execute(sa.insert(submissions), _values(submission))
+def insert_submissions(connection: Connection, accepted: Sequence[Submission]) -> None:
+    """Store accepted submissions; the primary key makes a second one with the same key impossible."""
+    connection.execute(sa.insert(submissions), [_values(submission) for submission in accepted])
 
 
 def find_submission(

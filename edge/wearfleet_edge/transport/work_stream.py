@@ -7,10 +7,12 @@ question that was under way when it was lost fails: only its caller knows how to
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import grpc
@@ -30,23 +32,61 @@ _METHOD: Final = "/wearfleet.v1.FederationService/Work"
 
 
 class _Call(Protocol):
-    def __iter__(self) -> Iterator[bytes]: ...
+    def __next__(self) -> bytes: ...
+
+    def is_active(self) -> bool: ...
 
     def cancel(self) -> bool: ...
 
 
+class _Limit:
+    """Ends a call whose next message takes too long, because reading it has no time limit of its own.
+
+    One thread, which sleeps for as long as it can: a device that waits for work costs no wake-ups.
+
+    Args:
+        end: ends the call.
+    """
+
+    def __init__(self, end: Callable[[], object]) -> None:
+        self._end = end
+        self._changed = threading.Condition()
+        self._until = self._wakes = math.inf
+        self._stopped = self.passed = False
+        threading.Thread(target=self._watch, name="work stream", daemon=True).start()
+
+    def set(self, until: float) -> None:
+        """The next message must be there at this monotonic time; infinity while none is wanted."""
+        with self._changed:
+            self._until = until
+            if until < self._wakes:
+                self._changed.notify()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._stopped:
+                left = self._until - time.monotonic()
+                if left <= 0.0:
+                    self.passed = True
+                    self._end()
+                    return
+                self._wakes = self._until
+                self._changed.wait(None if left == math.inf else min(left, threading.TIMEOUT_MAX))
+
+
 @dataclass(frozen=True, slots=True)
 class _Connection:
-    """One call: what is to be sent (None ends it), and what came (an exception is the end)."""
+    """One call, what is to be sent (None ends it), and how long it may take."""
 
     call: _Call
     outgoing: SimpleQueue[Iterable[bytes] | None]
-    incoming: SimpleQueue[bytes | Exception]
-
-    @property
-    def lost(self) -> bool:
-        """True when the call has ended between two questions, or something came that nobody asked for."""
-        return not self.incoming.empty()
+    limit: _Limit
 
     def receive(self, timeout_s: float) -> bytes:
         """The next message.
@@ -55,17 +95,22 @@ class _Connection:
             grpc.RpcError: the call failed.
             TransportError: nothing came in time, or the service ended the call.
         """
+        self.limit.set(time.monotonic() + timeout_s)
         try:
-            message = self.incoming.get(timeout=timeout_s)
-        except Empty:
-            raise TransportError(f"the service did not answer within {timeout_s:.0f} s") from None
-        if isinstance(message, Exception):
-            raise message
-        return message
+            return next(self.call)
+        except StopIteration:
+            raise TransportError("the service ended the call") from None
+        except grpc.RpcError:
+            if self.limit.passed:
+                raise TransportError(f"the service did not answer within {timeout_s:.0f} s") from None
+            raise
+        finally:
+            self.limit.set(math.inf)
 
     def close(self) -> None:
         """End the call, whatever it is doing."""
         self.outgoing.put(None)
+        self.limit.stop()
         self.call.cancel()
 
 
@@ -152,7 +197,7 @@ class WorkStream:
     def _ask(self, messages: Iterable[bytes], answer: Callable[[_Connection], T]) -> T:
         """Send a question and read its answer; on a new call when there is none, or the one that was open was lost."""
         with self._turn:
-            if self._connection is not None and self._connection.lost:
+            if self._connection is not None and not self._connection.call.is_active():
                 self.close()
             connection = self._connection or self._connect()
             try:
@@ -164,11 +209,9 @@ class WorkStream:
 
     def _connect(self) -> _Connection:
         outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
-        incoming: SimpleQueue[bytes | Exception] = SimpleQueue()
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(_METHOD)
         call = method(_outgoing(outgoing))
-        threading.Thread(target=_pump, args=(call, incoming), name="work stream", daemon=True).start()
-        self._connection = _Connection(call, outgoing, incoming)
+        self._connection = _Connection(call, outgoing, _Limit(call.cancel))
         return self._connection
 
 
@@ -204,17 +247,6 @@ def update_messages(data: bytes, offset: int, rest: bytes) -> Iterator[bytes]:
 def _outgoing(queue: SimpleQueue[Iterable[bytes] | None]) -> Iterator[bytes]:
     while (messages := queue.get()) is not None:
         yield from messages
-
-
-def _pump(call: _Call, incoming: SimpleQueue[bytes | Exception]) -> None:
-    """Read a call until it ends; in a thread, because reading has no time limit of its own."""
-    try:
-        for message in call:
-            incoming.put(message)
-    except grpc.RpcError as error:
-        incoming.put(error)
-    else:
-        incoming.put(TransportError("the service ended the call"))
 
 
 def _parse(message: bytes) -> tuple[federation_pb2.WorkResponse, WireChunk | None]:

@@ -39,6 +39,13 @@ def updates(tmp_path):
     return store
 
 
+def take_in(updates, data, offset=0):
+    digest = digest_of(data)
+    with updates.open("anna-0001", digest, len(data), offset) as upload:
+        upload.append(offset, data[offset:])
+        updates.keep("anna-0001", digest, upload, upload.finish())
+
+
 def test_what_was_put_is_read_back_under_its_digest(tmp_path):
     blobs = Blobs(tmp_path)
     digest = blobs.put(DATA)
@@ -88,9 +95,7 @@ def test_an_upload_goes_on_after_a_break_and_is_checked_at_its_end(updates):
         upload.append(0, DATA[:1000])
     assert updates.committed("anna-0001", digest) == 1000
     assert not updates.has("anna-0001", digest)
-    with updates.open("anna-0001", digest, len(DATA), 1000) as upload:
-        upload.append(1000, DATA[1000:])
-        upload.finish()
+    take_in(updates, DATA, 1000)
     assert updates.has("anna-0001", digest)
     assert not updates.has("ben-0002", digest)
     assert updates.size("anna-0001", digest) == len(DATA)
@@ -139,9 +144,8 @@ def test_a_device_keeps_at_most_two_unfinished_uploads(updates):
 def test_an_update_is_checked_and_read_from_memory_or_from_disk(updates):
     data = encode_tensors({"w": np.arange(4, dtype=np.float32)})
     digest = digest_of(data)
-    with updates.open("anna-0001", digest, len(data), 0) as upload:
-        upload.append(0, data)
-        upload.finish()
+    take_in(updates, data)
+    updates._arrived.clear()
     from_disk = updates.load("anna-0001", digest, SPECS)
     asyncio.run(updates.check("anna-0001", digest, SPECS))
     from_memory = updates.load("anna-0001", digest, SPECS)
@@ -164,20 +168,49 @@ def test_an_update_is_checked_and_read_from_memory_or_from_disk(updates):
 )
 def test_an_update_that_does_not_fit_is_refused(updates, tensors):
     data = encode_tensors(tensors)
-    with updates.open("anna-0001", digest_of(data), len(data), 0) as upload:
-        upload.append(0, data)
-        upload.finish()
+    take_in(updates, data)
     with pytest.raises(ShapeError):
         asyncio.run(updates.check("anna-0001", digest_of(data), SPECS))
 
 
-def test_a_new_round_starts_empty_and_the_old_one_is_swept(updates, tmp_path):
-    with updates.open("anna-0001", digest_of(b"abc"), 3, 0) as upload:
-        upload.append(0, b"abc")
-        upload.finish()
+def test_a_new_round_starts_empty_and_the_one_before_the_last_is_swept(updates, tmp_path):
+    take_in(updates, b"abc")
     updates.begin("run-2")
     assert not updates.has("anna-0001", digest_of(b"abc"))
-    updates.sweep()
-    assert [path.name for path in (tmp_path / "updates").iterdir()] == ["run-2"]
     with pytest.raises(NotFoundError):
         updates.size("anna-0001", digest_of(b"abc"))
+    updates.begin("run-3")
+    updates.sweep()
+    assert sorted(path.name for path in (tmp_path / "updates").iterdir()) == ["run-2", "run-3"]
+
+
+def test_the_files_of_the_round_before_are_written_over(updates, tmp_path):
+    take_in(updates, b"long and old")
+    updates.begin("run-2")
+    updates.sweep()
+    take_in(updates, b"new")
+    files = [path for path in (tmp_path / "updates").rglob("*") if path.is_file()]
+    assert files == [updates._file("anna-0001", digest_of(b"new"))]
+    assert files[0].read_bytes() == b"new"
+
+
+def test_a_restarted_service_finds_what_was_uploaded_in_its_round(updates, tmp_path):
+    take_in(updates, b"complete")
+    digest = digest_of(b"unfinished")
+    with updates.open("anna-0001", digest, 10, 0) as upload:
+        upload.append(0, b"unfin")
+    again = UpdateStore(tmp_path / "updates", 10)
+    again.begin("run-1")
+    assert again.has("anna-0001", digest_of(b"complete"))
+    assert not again.has("anna-0001", digest)
+    assert again.committed("anna-0001", digest) == 5
+
+
+def test_an_upload_that_ends_after_its_round_is_a_conflict(updates):
+    with updates.open("anna-0001", digest_of(b"abc"), 3, 0) as upload:
+        upload.append(0, b"abc")
+        data = upload.finish()
+    updates.begin("run-2")
+    with pytest.raises(ConflictError, match="over"):
+        updates.keep("anna-0001", digest_of(b"abc"), upload, data)
+    assert not updates.has("anna-0001", digest_of(b"abc"))

@@ -40,7 +40,7 @@ from wearfleet_cloud.storage.run_records import (
     find_submission,
     finish_run,
     insert_run,
-    insert_submission,
+    insert_submissions,
     list_rounds,
     next_running,
     save_round,
@@ -242,9 +242,9 @@ def test_a_submission_exists_once_and_a_run_ends_once(database):
         insert_run(connection, run)
         save_round(connection, row)
         save_round(connection, row)
-        insert_submission(connection, submission)
+        insert_submissions(connection, [submission])
     with pytest.raises(sa.exc.IntegrityError), database.write() as connection:
-        insert_submission(connection, submission)
+        insert_submissions(connection, [submission])
     with database.write() as connection:
         assert next_running(connection) == run
         assert list_rounds(connection, "run-1") == [row]
