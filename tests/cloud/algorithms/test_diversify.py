@@ -124,7 +124,7 @@ def test_invariant_stage_without_reversal_is_erm_of_bottleneck_and_head() -> Non
 
 @pytest.mark.parametrize("mode", ["strict", "corrected"])
 def test_assignment_is_that_of_the_published_arithmetic(mode: str) -> None:
-    """In float64, with scipy's cosine distance; no latent domain is empty here. The constant 1 matters for 6 windows."""
+    """In float64, with scipy's cosine distance; no latent domain is empty here. The constant 1 matters for 6."""
     generator = torch.Generator().manual_seed(5)
     centre = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     own = torch.arange(60) % 4
