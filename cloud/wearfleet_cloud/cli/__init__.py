@@ -30,7 +30,7 @@ def main() -> None:
 def _run() -> None:
     import typer
 
-    from wearfleet_cloud.cli import benchmark, data, demo, export, plan, serve, train
+    from wearfleet_cloud.cli import benchmark, data, demo, export, plan, serve, simulate, train
 
     app = typer.Typer(
         name="wearfleet-cloud",
@@ -38,6 +38,6 @@ def _run() -> None:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
-    for module in (demo, serve, data, train, benchmark, export, plan):
+    for module in (demo, serve, data, train, benchmark, export, plan, simulate):
         module.register(app)
     app()

@@ -18,6 +18,7 @@ from wearfleet_cloud.federated.fedper import FedPer
 from wearfleet_cloud.federated.fedprox import FedProx
 from wearfleet_cloud.federated.fedrep import FedRep
 from wearfleet_cloud.federated.fedyogi import FedYogi
+from wearfleet_cloud.federated.local_only import LocalOnly
 from wearfleet_cloud.federated.perfedavg import PerFedAvg
 from wearfleet_cloud.federated.scaffold import Scaffold
 from wearfleet_cloud.federated.training_options import LocalTraining, parse_options
@@ -36,6 +37,7 @@ _Class = type[
     | FedProx
     | FedRep
     | FedYogi
+    | LocalOnly
     | PerFedAvg
     | Scaffold
 ]
@@ -52,6 +54,7 @@ STRATEGIES: Final[Mapping[str, _Class]] = {
     "fedprox": FedProx,
     "fedrep": FedRep,
     "fedyogi": FedYogi,
+    "local": LocalOnly,
     "perfedavg": PerFedAvg,
     "scaffold": Scaffold,
 }

@@ -1,0 +1,206 @@
+"""Command ``simulate``: a federation in one process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from wearfleet_models.classifier import Classifier
+    from wearfleet_protos.plan import Plan
+    from wearfleet_protos.tensors import Digest
+
+    from wearfleet_cloud.data.dataset import Progress
+    from wearfleet_cloud.data.prepared import Prepared
+    from wearfleet_cloud.federated.base import Strategy
+    from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation
+    from wearfleet_cloud.federated.simulated_clients import SimulatedClient
+    from wearfleet_cloud.federated.stacked_clients import Runner
+    from wearfleet_cloud.federated.wire_clients import DeviceRound
+
+__all__ = ["device_engine", "register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("simulate")(_simulate)
+
+
+def _simulate(
+    *,
+    strategy: Annotated[str, typer.Option("--strategy", help="A name of `strategies`.")],
+    dataset: Annotated[str, typer.Option("--dataset", help="Name of the data set, or a .py file.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the results; further runs are added to it.")],
+    clients: Annotated[
+        int, typer.Option("--clients", min=0, help="Clients with the unseen ones; 0: every person.")
+    ] = 0,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Training rounds.")] = 20,
+    split: Annotated[str, typer.Option("--split", help="people, or label-skew.")] = "people",
+    alpha: Annotated[
+        float, typer.Option("--alpha", help="Of label-skew: the smaller, the more skewed.")
+    ] = 0.1,
+    unseen: Annotated[int, typer.Option("--unseen", min=0, help="Clients that never take part.")] = 0,
+    cohort: Annotated[int, typer.Option("--cohort", min=0, help="Clients a round; 0 for all.")] = 0,
+    finetune: Annotated[
+        int, typer.Option("--finetune", min=0, help="k of finetuned(k); 0 leaves it out.")
+    ] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Hyper-parameter, name=value; repeatable.")
+    ] = None,
+    backbone: Annotated[str, typer.Option("--backbone", help="Of the network.")] = "cnn",
+    seed: Annotated[int, typer.Option("--seed", help="Of weights, splits, cohorts and shuffling.")] = 0,
+    wire: Annotated[
+        bool, typer.Option("--wire", help="Through real plans and bytes, on the agent's own engine.")
+    ] = False,
+    stack: Annotated[int, typer.Option("--stack", min=1, help="Clients that advance together.")] = 32,
+    device: Annotated[str, typer.Option("--device", help="Of torch: cpu, cuda; not with --wire.")] = "cpu",
+    data_root: Annotated[
+        Path | None,
+        typer.Option("--data-root", envvar="WEARFLEET_DATA_ROOT", help="Folder with the distributions."),
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Folder of prepared data.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and no progress.")] = False,
+) -> None:
+    """Simulate a federation on the people of a data set, or on clients with skewed labels."""
+    from wearfleet_cloud.cli.plan import parse_settings
+    from wearfleet_cloud.data import dataset_named
+    from wearfleet_cloud.data.prepared import default_cache_dir, prepare
+    from wearfleet_cloud.federated import create_strategy
+    from wearfleet_cloud.federated.cohort import CohortPolicy
+    from wearfleet_cloud.federated.simulate import Simulation
+
+    options = parse_settings(settings or [])
+    chosen = create_strategy(strategy, options)
+    simulation = Simulation(rounds, CohortPolicy(cohort), seed, finetune)
+    prepared = prepare(dataset_named(dataset), data_root, cache_dir or default_cache_dir())
+    population = _population(prepared, clients, unseen, split=split, alpha=alpha, seed=seed)
+    model = _model(prepared, population, backbone, seed)
+    runner = _wire(prepared, model, seed) if wire else _stacked(model, seed, stack, device)
+    about: dict[str, object] = {
+        "strategy": strategy,
+        "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
+        "dataset": prepared.dataset.name,
+        "split": split if split == "people" else f"{split}({alpha:g})",
+        "clients": len(population.clients),
+        "unseen": len(population.unseen),
+        "rounds": rounds,
+        "cohort": cohort,
+        "seed": seed,
+        "wire": wire,
+        "simulated": prepared.dataset.simulated,
+    }
+    _run(chosen, model, population, simulation, runner, about=about, out=out, as_json=as_json)
+
+
+def _run(
+    strategy: Strategy,
+    model: Classifier,
+    population: Population,
+    simulation: Simulation,
+    runner: Callable[[Strategy], Runner],
+    *,
+    about: Mapping[str, object],
+    out: Path,
+    as_json: bool,
+) -> None:
+    from wearfleet_cloud.cli.data import progress_bars
+    from wearfleet_cloud.data.dataset import silent
+    from wearfleet_cloud.federated.simulate import simulate
+    from wearfleet_cloud.federated.simulation_report import row_of, write_report
+
+    def run(progress: Progress) -> Outcome:
+        return simulate(strategy, model, population, simulation, runner, progress=progress)
+
+    begin = time.monotonic()
+    if as_json:
+        outcome = run(silent)
+    else:
+        with progress_bars() as bars:
+            outcome = run(bars)
+    row = row_of(about, outcome, time.monotonic() - begin)
+    write_report(out, row, outcome)
+    print(json.dumps({**row, "out": str(out)}) if as_json else (out / "table.md").read_text(encoding="utf-8"))
+
+
+def _population(
+    prepared: Prepared, clients: int, unseen: int, *, split: str, alpha: float, seed: int
+) -> Population:
+    from wearfleet_protos.errors import ConfigError
+
+    from wearfleet_cloud.federated.simulate import Population
+    from wearfleet_cloud.federated.simulated_clients import label_skew, people
+
+    if split == "people":
+        everyone = people(prepared, clients)
+    elif split == "label-skew":
+        everyone = label_skew(prepared.windows.x, prepared.windows.activity, clients or 20, alpha, seed)
+    else:
+        raise ConfigError(f"split must be people or label-skew, got {split!r}")
+    if unseen >= len(everyone):
+        raise ConfigError(f"of {len(everyone)} clients {unseen} cannot be unseen; nobody would take part")
+    seen = len(everyone) - unseen
+    return Population(everyone[:seen], everyone[seen:])
+
+
+def _model(prepared: Prepared, population: Population, backbone: str, seed: int) -> Classifier:
+    """A network with first weights from the seed, standardised by the training windows of those who take part."""
+    import torch
+    from wearfleet_models.classifier import build_classifier
+
+    from wearfleet_cloud.data.standardisation import standardisation_of
+    from wearfleet_cloud.training.trainer import model_spec_for
+
+    model = build_classifier(model_spec_for(prepared.dataset, backbone), seed)
+    mean, std = standardisation_of([client.train.x for client in population.clients])
+    model.standardise.mean.copy_(torch.from_numpy(mean))
+    model.standardise.std.copy_(torch.from_numpy(std))
+    return model
+
+
+def _stacked(model: Classifier, seed: int, stack: int, device: str) -> Callable[[Strategy], Runner]:
+    from wearfleet_cloud.federated.stacked_clients import StackedClients
+
+    return lambda strategy: StackedClients(strategy, model, seed, at_once=stack, device=device)
+
+
+def _wire(prepared: Prepared, model: Classifier, seed: int) -> Callable[[Strategy], Runner]:
+    from wearfleet_cloud.export.run_folder import contract_of
+    from wearfleet_cloud.federated.wire_clients import WireClients
+
+    contract = contract_of(prepared.dataset)
+    return lambda strategy: WireClients(strategy, model, contract, seed, device_engine)
+
+
+def device_engine(
+    plan: Plan,
+    graphs: Mapping[Digest, bytes],
+    tensors: bytes,
+    kept: bytes,
+    client: SimulatedClient,
+    *,
+    round_number: int,
+) -> DeviceRound:
+    """The agent's own engine: implements ``wire_clients.Engine``."""
+    from wearfleet_edge.trainer import Limits, TrainingData, run_plan, start_state, upload_tensors
+    from wearfleet_protos.tensors import decode_tensors, encode_tensors
+
+    from wearfleet_cloud.federated.wire_clients import DeviceRound
+
+    local: dict[str, Any] = decode_tensors(kept, plan.local_specs()) if kept else {}
+    before = start_state(plan, decode_tensors(tensors, plan.download_specs()), local)
+    limits = Limits(plan.budget.seconds, float("inf"), lambda: 0, time.monotonic, lambda: False)
+    data = TrainingData(client.train, client.holdout)
+    result = run_plan(plan, graphs, before, data, round_number=round_number, limits=limits)
+    stays = {spec.name: result.state[spec.name] for spec in plan.local_specs()}
+    return DeviceRound(
+        encode_tensors(upload_tensors(plan, before, result.state)),
+        encode_tensors(stays) if stays else b"",
+        result.metrics,
+        result.num_examples,
+        result.num_steps,
+    )

@@ -1,0 +1,221 @@
+"""A federation in one process: the clients' own steps, the service's own cohorts and folds, and what came of it.
+
+Evaluation modes are those of specs/federated.md 0.5, always named: ``global@clients`` the global model alone,
+``personal@clients`` the model that each client would use after the personalisation that ends a run, ``unseen`` the
+global model on clients that never took part, ``finetuned(k)`` the global model after k local epochs of SGD.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from wearfleet_models.classifier import Classifier
+from wearfleet_protos.errors import AggregationError, ConfigError, ShapeError
+from wearfleet_protos.tensors import TensorSpec, check_finite
+
+from wearfleet_cloud.data.dataset import Progress, silent
+from wearfleet_cloud.federated.aggregate import Arrays, Contribution
+from wearfleet_cloud.federated.base import Strategy
+from wearfleet_cloud.federated.cohort import CohortPolicy, select_cohort
+from wearfleet_cloud.federated.fedavg import FedAvg
+from wearfleet_cloud.federated.simulated_clients import SimulatedClient
+from wearfleet_cloud.federated.stacked_clients import ClientRound, Runner, downloaded_specs
+
+__all__ = ["Mode", "Outcome", "Population", "RoundFigures", "Simulation", "simulate"]
+
+_EVALUATED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What is simulated.
+
+    Args:
+        rounds: at least 1.
+        cohort: clients a round.
+        seed: of cohorts, shuffling and random numbers.
+        finetune_epochs: k of ``finetuned(k)``; 0 leaves it out.
+
+    Raises:
+        ConfigError: no rounds.
+    """
+
+    rounds: int
+    cohort: CohortPolicy = field(default_factory=CohortPolicy)
+    seed: int = 0
+    finetune_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.finetune_epochs < 0:
+            raise ConfigError(
+                f"rounds must be at least 1 and finetune epochs at least 0, got {self.rounds}, {self.finetune_epochs}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """Accuracies of one evaluation mode over clients.
+
+    Args:
+        mean: each client counts once.
+        weighted: each window counts once.
+        worst: mean of the worst tenth of the clients, at least one.
+        deviation: standard deviation over the clients.
+        clients: how many.
+    """
+
+    mean: float
+    weighted: float
+    worst: float
+    deviation: float
+    clients: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFigures:
+    """One round.
+
+    Args:
+        number: from 1.
+        clients: who took part.
+        received: mean accuracy over them of what they received (with their own tensors), on held-out windows.
+        bytes_down: payload of tensors sent to them.
+        bytes_up: payload of their updates.
+    """
+
+    number: int
+    clients: int
+    received: float
+    bytes_down: int
+    bytes_up: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """Rounds in order, modes by name, and the global tensors and server state at the end."""
+
+    rounds: tuple[RoundFigures, ...]
+    modes: Mapping[str, Mode]
+    tensors: Arrays
+    state: Arrays = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Population:
+    """Clients that may take part, and clients that never do."""
+
+    clients: Sequence[SimulatedClient]
+    unseen: Sequence[SimulatedClient] = ()
+
+
+def simulate(
+    strategy: Strategy,
+    model: Classifier,
+    population: Population,
+    simulation: Simulation,
+    runner_of: Callable[[Strategy], Runner],
+    *,
+    progress: Progress = silent,
+) -> Outcome:
+    """Run a federation and evaluate it in every mode that applies.
+
+    Args:
+        strategy: with its hyper-parameters.
+        model: architecture and first values.
+        population: its clients.
+        simulation: rounds, cohorts, seed.
+        runner_of: how the clients of a strategy are run.
+        progress: told about rounds.
+
+    Raises:
+        AggregationError: a round's average is not finite; training diverged.
+    """
+    runner = runner_of(strategy)
+    tensors, state = _first_tensors(model, runner.specs), dict[str, NDArray[np.generic]]()
+    kept: dict[str, Arrays] = {}
+    figures = []
+    by_name = {client.name: client for client in population.clients}
+    for number in range(1, simulation.rounds + 1):
+        names = select_cohort(by_name.keys(), simulation.cohort, seed=simulation.seed, round_number=number)
+        results = runner.run(number, tensors, [by_name[name] for name in names], kept)
+        folded = strategy.server(runner.specs, tensors, state, [_contribution(r) for r in results])
+        try:
+            check_finite(folded.tensors)
+        except ShapeError as error:
+            raise AggregationError(f"round {number}: {error}; use a smaller learning rate") from error
+        figures.append(_figures(number, results, runner.specs))
+        tensors, state = dict(folded.tensors), dict(folded.state)
+        kept |= {r.client: r.kept for r in results if r.kept}
+        progress("rounds", number, simulation.rounds)
+    last = simulation.rounds + 1
+    modes = {
+        "personal@clients": _mode([_counts(r) for r in runner.run(last, tensors, population.clients, kept)])
+    }
+    modes |= _common_modes(model, tensors, population)
+    if simulation.finetune_epochs:
+        tuned = FedAvg(replace(strategy.local, epochs=simulation.finetune_epochs, max_steps=0))
+        results = runner_of(tuned).run(last, tensors, population.clients, {})
+        modes[f"finetuned({simulation.finetune_epochs})"] = _mode([_counts(r) for r in results])
+    return Outcome(tuple(figures), modes, tensors, state)
+
+
+def _common_modes(model: Classifier, tensors: Arrays, population: Population) -> dict[str, Mode]:
+    """The global model on those who took part and on the others."""
+    groups = {"global@clients": population.clients, "unseen": population.unseen}
+    return {
+        name: _mode([_accuracy(model, tensors, client) for client in clients])
+        for name, clients in groups.items()
+        if clients
+    }
+
+
+def _first_tensors(model: Classifier, specs: Sequence[TensorSpec]) -> dict[str, NDArray[np.generic]]:
+    """The model's values, and zeros for what the strategy adds."""
+    known = {name: tensor.detach().cpu().numpy().copy() for name, tensor in model.state_dict().items()}
+    return {s.name: known.get(s.name, np.zeros(s.shape, s.dtype)) for s in downloaded_specs(specs)}
+
+
+def _contribution(result: ClientRound) -> Contribution:
+    return Contribution(result.client, result.num_examples, lambda: result.update, result.num_steps)
+
+
+def _figures(number: int, results: Sequence[ClientRound], specs: Sequence[TensorSpec]) -> RoundFigures:
+    shares = [hits / count for hits, count in (_counts(r, "evaluate_before") for r in results)]
+    down = sum(spec.size_bytes for spec in downloaded_specs(specs)) * len(results)
+    up = sum(array.nbytes for result in results for array in result.update.values())
+    return RoundFigures(number, len(results), float(np.mean(shares)), down, up)
+
+
+def _counts(result: ClientRound, phase: str = "evaluate_after") -> tuple[float, float]:
+    """Hits and windows of a phase."""
+    return result.metrics[f"{phase}/correct"], result.metrics[f"{phase}/count"]
+
+
+def _accuracy(model: Classifier, tensors: Arrays, client: SimulatedClient) -> tuple[float, float]:
+    """Hits and windows of the global tensors alone on a client's held-out part."""
+    names = model.state_dict().keys()
+    values = {name: torch.from_numpy(np.array(tensors[name])) for name in names}
+    network = model.eval()
+    hits = 0
+    with torch.no_grad():
+        for begin in range(0, len(client.holdout), _EVALUATED_AT_ONCE):
+            x = torch.from_numpy(np.array(client.holdout.x[begin : begin + _EVALUATED_AT_ONCE]))
+            logits = torch.func.functional_call(network, values, (x,))
+            said = logits.argmax(dim=1).numpy()
+            hits += int((said == client.holdout.y[begin : begin + _EVALUATED_AT_ONCE]).sum())
+    return float(hits), float(len(client.holdout))
+
+
+def _mode(counts: Sequence[tuple[float, float]]) -> Mode:
+    hits, windows = np.array(counts, np.float64).T
+    shares = np.sort(hits / windows)
+    worst = shares[: max(1, len(shares) // 10)]
+    return Mode(
+        float(shares.mean()),
+        float(hits.sum() / windows.sum()),
+        float(worst.mean()),
+        float(shares.std()),
+        len(shares),
+    )

@@ -1,0 +1,135 @@
+"""Clients of a simulation from the windows of a data set: each person one, or clients whose labels are skewed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from wearfleet_protos.errors import ConfigError
+from wearfleet_protos.plan import rng_key
+from wearfleet_protos.windowing import LabelledWindows, split_by_time
+
+if TYPE_CHECKING:
+    from wearfleet_cloud.data.prepared import Prepared
+
+__all__ = ["SimulatedClient", "label_skew", "people"]
+
+_STREAM: Final = 0x51A7
+_HOLDOUT: Final = 0.3
+_FEWEST_OF_FAIR_SHARE: Final = 0.5
+_MOST_DRAWS: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SimulatedClient:
+    """Args: name: identity. train: windows to learn from. holdout: windows that are only measured on."""
+
+    name: str
+    train: LabelledWindows
+    holdout: LabelledWindows
+
+
+def people(prepared: "Prepared", most: int = 0) -> tuple[SimulatedClient, ...]:
+    """Each subject of a data set as a client, split like a device splits its wearer's recordings.
+
+    Class by class the later 30 % are held out; earlier windows that share a sample with them are dropped.
+
+    Args:
+        prepared: the data set.
+        most: so many subjects, the first ones by name; 0 for all.
+
+    Raises:
+        ConfigError: fewer subjects than that.
+    """
+    subjects = prepared.subjects
+    if most > len(subjects):
+        raise ConfigError(
+            f"{prepared.dataset.name} has {len(subjects)} people, {most} clients were asked for"
+        )
+    clients = []
+    for subject in subjects[: most or None]:
+        recordings = prepared.recordings_of(subject)
+        train, holdout = split_by_time(recordings, prepared.dataset.spec, _HOLDOUT)
+        clients.append(SimulatedClient(subject, train, holdout))
+    return tuple(client for client in clients if len(client.train) and len(client.holdout))
+
+
+def label_skew(
+    x: NDArray[np.float32], y: NDArray[np.int64], clients: int, alpha: float, seed: int
+) -> tuple[SimulatedClient, ...]:
+    """Clients of almost equal size whose labels are skewed, by the recipe of PersonalizedFL.
+
+    The shuffled windows are cut into N / 2 equal blocks, each shared by two clients: per class by a draw of
+    Dirichlet(alpha, alpha), a client's share 0 once it holds half of the block; drawn anew until the smaller one has
+    half of its fair share. Each client then learns from 40 % and is measured on 30 %, class by class (the rest is the
+    recipe's validation part). Windows that overlap are torn apart: measured windows share samples with learned ones.
+
+    Args:
+        x: (N, C, T) windows.
+        y: (N,) classes.
+        clients: an even number.
+        alpha: above 0; the smaller, the more skewed.
+        seed: of shuffling and drawing.
+
+    Raises:
+        ConfigError: an odd number of clients, alpha out of range, or too few windows.
+
+    Source: specs/federated.md section 0.7.
+    """
+    if clients < 2 or clients % 2 or not 0.0 < alpha < float("inf"):
+        raise ConfigError(
+            f"label skew takes an even number of clients and alpha above 0, got {clients}, {alpha}"
+        )
+    if len(y) < 10 * clients:
+        raise ConfigError(f"{len(y)} windows are too few for {clients} clients; 10 each are needed")
+    generator = np.random.Generator(np.random.PCG64(rng_key(seed, 0, _STREAM, 0)))
+    bounds = np.linspace(0, len(y), clients // 2 + 1).astype(int)
+    order = generator.permutation(len(y))
+    made: list[SimulatedClient] = []
+    for begin, end in pairwise(bounds):
+        for rows in _shared_by_two(order[begin:end], y, alpha, generator):
+            train, holdout = _parts(rows, y, generator)
+            name = f"client-{len(made):04d}"
+            made.append(SimulatedClient(name, _windows(x, y, train), _windows(x, y, holdout)))
+    return tuple(made)
+
+
+def _shared_by_two(
+    rows: NDArray[np.int64], y: NDArray[np.int64], alpha: float, generator: np.random.Generator
+) -> Sequence[NDArray[np.int64]]:
+    for _ in range(_MOST_DRAWS):
+        parts: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = ([], [])
+        sizes = np.zeros(2)
+        for label in np.unique(y[rows]):
+            own = rows[y[rows] == label]
+            share = generator.dirichlet([alpha, alpha]) * (sizes < len(rows) / 2)
+            total = share.sum()
+            first = round(len(own) * (share[0] / total if total > 0 else 0.5))
+            for client, part in enumerate((own[:first], own[first:])):
+                parts[client].append(part)
+                sizes[client] += len(part)
+        if sizes.min() >= _FEWEST_OF_FAIR_SHARE * len(rows) / 2:
+            return [np.concatenate(part) for part in parts]
+    raise ConfigError(
+        f"no fair division of {len(rows)} windows was drawn at alpha {alpha}; use a larger alpha"
+    )
+
+
+def _parts(
+    rows: NDArray[np.int64], y: NDArray[np.int64], generator: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """40 % to learn from and 30 % to measure on, class by class, each at least one window."""
+    train, holdout = [], []
+    for label in np.unique(y[rows]):
+        own = generator.permutation(rows[y[rows] == label])
+        learned = max(1, round(0.4 * len(own)))
+        train.append(own[:learned])
+        holdout.append(own[learned : learned + max(1, round(0.3 * len(own)))])
+    return np.concatenate(train), np.concatenate(holdout)
+
+
+def _windows(x: NDArray[np.float32], y: NDArray[np.int64], rows: NDArray[np.int64]) -> LabelledWindows:
+    nowhere = np.zeros(len(rows), np.int64)
+    return LabelledWindows(np.asarray(x[rows]), y[rows], nowhere, nowhere)

@@ -1,0 +1,202 @@
+"""The clients of a round stacked: their steps are one call of ``torch.func.vmap``; who has no windows left rests.
+
+They are the steps that the plan is compiled from, on the same windows in the same order with the same random keys.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import vmap
+from wearfleet_models.classifier import Classifier
+from wearfleet_protos.plan import batches, rng_key
+from wearfleet_protos.tensors import TensorSpec
+from wearfleet_protos.windowing import LabelledWindows
+
+from wearfleet_cloud.federated.aggregate import Arrays
+from wearfleet_cloud.federated.base import Strategy
+from wearfleet_cloud.federated.client_program import ClientPhase
+from wearfleet_cloud.federated.plan_layers import with_plan_layers
+from wearfleet_cloud.federated.simulated_clients import SimulatedClient
+
+__all__ = ["ClientRound", "Runner", "StackedClients", "downloaded_specs"]
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClientRound:
+    """What a client's round gave.
+
+    Args:
+        client: its name.
+        update: uploaded tensors.
+        kept: what stays on the device, once the update counts.
+        metrics: ``phase/metric`` to value.
+        num_examples: training windows.
+        num_steps: steps of phases that change something.
+    """
+
+    client: str
+    update: Arrays
+    kept: Arrays
+    metrics: Mapping[str, float]
+    num_examples: int
+    num_steps: int
+
+
+class Runner(Protocol):
+    """Runs the clients of a round."""
+
+    specs: tuple[TensorSpec, ...]
+
+    def run(
+        self,
+        round_number: int,
+        tensors: Arrays,
+        clients: Sequence[SimulatedClient],
+        kept: Mapping[str, Arrays],
+    ) -> list[ClientRound]:
+        """One round, from the global tensors and what each client kept of its last one."""
+
+
+def downloaded_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """As ``Plan.download_specs``, in the order of ``specs``."""
+    return tuple(s for s in specs if s.origin in ("global", "local") and not s.copy_of)
+
+
+class StackedClients:
+    """Implements :class:`Runner`.
+
+    Args:
+        strategy: with its hyper-parameters.
+        model: architecture.
+        seed: as the plan's.
+        at_once: clients that are stacked; memory grows with it.
+        device: of torch.
+    """
+
+    def __init__(
+        self, strategy: Strategy, model: Classifier, seed: int, *, at_once: int = 32, device: str = "cpu"
+    ) -> None:
+        self._program = strategy.client(with_plan_layers(model).to(device))
+        self.specs = self._program.tensors
+        upload = strategy.info.upload()
+        self._sent = [s.name for s in self.specs if s.role in upload.roles and s.group in upload.groups]
+        self._kept = [s.name for s in self.specs if s.origin == "local"]
+        self._seed, self._at_once, self._device = seed, at_once, device
+
+    def run(
+        self,
+        round_number: int,
+        tensors: Arrays,
+        clients: Sequence[SimulatedClient],
+        kept: Mapping[str, Arrays],
+    ) -> list[ClientRound]:
+        """As ``Runner.run``."""
+        results = []
+        for begin in range(0, len(clients), self._at_once):
+            chunk = clients[begin : begin + self._at_once]
+            results += self._run_stack(round_number, tensors, chunk, kept)
+        return results
+
+    def _run_stack(
+        self,
+        round_number: int,
+        tensors: Arrays,
+        clients: Sequence[SimulatedClient],
+        kept: Mapping[str, Arrays],
+    ) -> list[ClientRound]:
+        state = self._start(tensors, [kept.get(client.name, {}) for client in clients])
+        start = {name: state[name].clone() for name in self._sent}
+        sums: list[dict[str, float]] = [{} for _ in clients]
+        steps = np.zeros(len(clients), np.int64)
+        for index, phase in enumerate(self._program.phases):
+            windows = [client.train if phase.loop.split == "train" else client.holdout for client in clients]
+            made, metrics = self._phase(phase, state, windows, (round_number, index))
+            steps += made
+            for client, values in zip(range(len(clients)), metrics, strict=True):
+                sums[client] |= {f"{phase.name}/{name}": value for name, value in values.items()}
+        update = {name: (state[name] - start[name]).cpu().numpy() for name in self._sent}
+        own = {name: state[name].cpu().numpy() for name in self._kept}
+        return [
+            ClientRound(
+                client.name,
+                {name: array[row] for name, array in update.items()},
+                {name: array[row] for name, array in own.items()},
+                sums[row],
+                len(client.train),
+                int(steps[row]),
+            )
+            for row, client in enumerate(clients)
+        ]
+
+    def _start(self, tensors: Arrays, kept: Sequence[Arrays]) -> Tensors:
+        """First values, (clients, ...) each."""
+        state: Tensors = {}
+        for spec in self.specs:
+            own = [k[spec.name] if spec.origin == "local" and spec.name in k else None for k in kept]
+            if spec.copy_of:
+                common = state[spec.copy_of].clone()
+            elif spec.origin == "zeros":
+                zeros = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
+                common = zeros.expand(len(kept), *spec.shape).clone()
+            else:
+                value = torch.from_numpy(np.array(tensors[spec.name])).to(self._device)
+                common = value.expand(len(kept), *spec.shape).clone()
+            for row, array in enumerate(own):
+                if array is not None:
+                    common[row] = torch.from_numpy(np.array(array)).to(self._device)
+            state[spec.name] = common
+        return state
+
+    def _phase(
+        self, phase: ClientPhase, state: Tensors, windows: Sequence[LabelledWindows], place: tuple[int, int]
+    ) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
+        """Run a phase for all; changes ``state``. Returns the steps that changed it, and the metrics of each client."""
+        round_number, index = place
+        plans = [list(batches(phase.loop, self._seed, round_number, len(w))) for w in windows]
+        scalars = {n: torch.tensor(v, dtype=torch.float32, device=self._device) for n, v in phase.scalars}
+        totals: dict[str, Tensor] = {}
+        changes = False
+        for step in range(max(map(len, plans))):
+            active = [client for client, plan in enumerate(plans) if step < len(plan)]
+            rows = torch.tensor(active, device=self._device)
+            everyone = len(active) == len(plans)
+            stacked = state if everyone else {name: tensor[rows] for name, tensor in state.items()}
+            batch = self._batch([(windows[c], plans[c][step]) for c in active], phase.loop.batch_size)
+            key = torch.tensor(rng_key(self._seed, round_number, index, step), device=self._device)
+            results = _call(phase, {**stacked, **batch}, {**scalars, "rng": key})
+            for name, value in results.items():
+                if name in state:
+                    changes = True
+                    state[name] = value if everyone else state[name].index_copy(0, rows, value)
+                else:
+                    zeros = torch.zeros(len(plans), device=self._device)
+                    totals[name] = totals.get(name, zeros).index_add(0, rows, value)
+        made = np.array([len(plan) if changes else 0 for plan in plans], np.int64)
+        values = {name: total.tolist() for name, total in totals.items()}
+        return made, [{name: row[client] for name, row in values.items()} for client in range(len(plans))]
+
+    def _batch(self, chosen: Sequence[tuple[LabelledWindows, NDArray[np.int64]]], size: int) -> Tensors:
+        """The next windows of each client, (clients, B, ...), padded with zeros of weight 0."""
+        shape = chosen[0][0].x.shape[1:]
+        x = np.zeros((len(chosen), size, *shape), np.float32)
+        y = np.zeros((len(chosen), size), np.int64)
+        weight = np.zeros((len(chosen), size), np.float32)
+        for client, (windows, rows) in enumerate(chosen):
+            x[client, : len(rows)], y[client, : len(rows)] = windows.x[rows], windows.y[rows]
+            weight[client, : len(rows)] = 1.0
+        made = {"x": x, "y": y, "weight": weight}
+        return {name: torch.from_numpy(array).to(self._device) for name, array in made.items()}
+
+
+def _call(phase: ClientPhase, each: Tensors, common: Tensors) -> Mapping[str, Tensor]:
+    places = {**dict.fromkeys(each, 0), **dict.fromkeys(common)}
+    with torch.no_grad():
+        results: Mapping[str, Tensor] = vmap(phase.step, in_dims=(places,))({**each, **common})
+    return results
