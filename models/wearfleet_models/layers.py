@@ -10,6 +10,10 @@ lie side by side in memory. Nothing but memory order tells the layers so: they k
 they are given.
 """
 
+import copy
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
@@ -17,7 +21,9 @@ from wearfleet_protos.errors import ConfigError
 
 from wearfleet_models import randomness
 
-__all__ = ["BatchNorm", "Conv", "Dropout", "MaxPool", "Standardise"]
+__all__ = ["BatchNorm", "Conv", "Dropout", "MaxPool", "Standardise", "domains_apart"]
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -27,7 +33,9 @@ class BatchNorm(nn.BatchNorm1d):
         Ioffe and Szegedy 2015, arXiv:1502.03167; running variance unbiased, as in torch.
     Differs:
         The mean and variance of a batch weigh each window; a window of weight 0 has no influence on anything.
-        A batch of weight 0 altogether leaves the running statistics as they are.
+        A batch of weight 0 altogether leaves the running statistics as they are. A batch may hold the windows of
+        ``domains`` domains, one after the other and equally many of each: each is then normalised by its own mean
+        and variance, and the running statistics see the domains in turn.
     """
 
     running_mean: Tensor
@@ -36,6 +44,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__(channels, eps=eps, momentum=momentum)
+        self.domains = 1
         self._rate = momentum
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -52,7 +61,13 @@ class BatchNorm(nn.BatchNorm1d):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if x.ndim == 2:
             return self.forward(x.unsqueeze(2), weight).squeeze(2)
-        return self._plain(x) if weight is None else self._weighted(x, weight)
+        if self.domains == 1:
+            return self._plain(x) if weight is None else self._weighted(x, weight)
+        parts = x.reshape(self.domains, -1, *x.shape[1:]).unbind(0)
+        if weight is None:
+            return _one_after_the_other([self._plain(part) for part in parts])
+        weights = weight.reshape(self.domains, -1).unbind(0)
+        return _one_after_the_other([self._weighted(*both) for both in zip(parts, weights, strict=True)])
 
     def _plain(self, x: Tensor) -> Tensor:
         normalised, mean, inverse_std = torch.native_batch_norm(
@@ -140,7 +155,8 @@ class Dropout(nn.Module):
     """Sets a share ``p`` of the numbers to zero and scales the rest by 1 / (1 - p).
 
     The mask is a function of (key, salt, position); every layer of a model has its own salt. Without a key,
-    in evaluation, or with p = 0 it is the identity.
+    in evaluation, or with p = 0 it is the identity. Of a batch of ``domains`` domains, one after the other, each has
+    a key of its own.
 
     Raises:
         ConfigError: p is not in [0, 1).
@@ -148,17 +164,22 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float, salt: int) -> None:
         super().__init__()
+        self.domains = 1
         if not 0.0 <= p < 1.0:
             raise ConfigError(f"dropout must be at least 0 and below 1, got {p}")
         self.p = p
         self.salt = salt
 
     def forward(self, x: Tensor, rng: Tensor | None = None) -> Tensor:
-        """Any shape -> the same shape; ``rng`` is a () int64 key."""
+        """Any shape -> the same shape; ``rng`` is a () int64 key, (domains,) where there are several."""
         if not self.training or rng is None or self.p == 0.0:
             return x
-        keep = randomness.uniform(rng, self.salt, tuple(x.shape)) >= self.p
-        return x * (keep.to(x.dtype) * (1.0 / (1.0 - self.p)))
+        if self.domains == 1:
+            drawn = randomness.uniform(rng, self.salt, tuple(x.shape))
+        else:
+            shape = (x.shape[0] // self.domains, *x.shape[1:])
+            drawn = torch.cat([randomness.uniform(key, self.salt, shape) for key in rng.unbind(0)])
+        return x * ((drawn >= self.p).to(x.dtype) * (1.0 / (1.0 - self.p)))
 
 
 class Standardise(nn.Module):
@@ -175,6 +196,30 @@ class Standardise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) raw units -> (B, C, T) dimensionless."""
         return (x - self.mean[:, None]) / self.std[:, None]
+
+
+def domains_apart(model: _Network, domains: int) -> _Network:
+    """A twin of a network for batches of several domains, one after the other, that normalises each by itself.
+
+    Args:
+        model: stays as it is; the twin holds the same tensors.
+        domains: D; the twin takes (D B, ...) windows and (D,) keys of the dropout masks.
+    """
+    twin = copy.copy(model)
+    for own in ("_parameters", "_buffers"):
+        setattr(twin, own, dict(getattr(model, own)))
+    parts = model._modules.items()  # noqa: SLF001 - torch copies modules only together with their tensors
+    twin._modules = {name: part and domains_apart(part, domains) for name, part in parts}  # noqa: SLF001 - as above
+    if isinstance(twin, (BatchNorm, Dropout)):
+        twin.domains = domains
+    return twin
+
+
+def _one_after_the_other(parts: Sequence[Tensor]) -> Tensor:
+    """Parts (B, C, T) as one batch, in the memory order of the parts."""
+    if not _channels_innermost(parts[0]):
+        return torch.cat(tuple(parts))
+    return torch.cat([part.transpose(1, 2) for part in parts]).transpose(1, 2)
 
 
 def _channels_innermost(x: Tensor) -> bool:

@@ -1,9 +1,12 @@
 """Forward passes of networks on given tensors."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from wearfleet_models import Classifier, randomness
+from wearfleet_models.layers import domains_apart
 
 from wearfleet_cloud.algorithms.base import Batch, Tensors
 
@@ -125,7 +128,9 @@ def head(params: Tensors, features: Tensor) -> Tensor:
 def features_of_domains(
     model: Classifier, params: Tensors, buffers: Tensors, batch: Batch, rng: Tensor
 ) -> tuple[Tensor, Tensor, Tensors]:
-    """One pass a domain, each normalised by its own statistics; the running ones see the domains in turn.
+    """As one pass a domain, each normalised by its own statistics; the running ones see the domains in turn.
+
+    What does not look across windows is computed for all domains together.
 
     Args:
         model: in training mode.
@@ -137,14 +142,16 @@ def features_of_domains(
     Returns:
         features (D, B, F), logits (D, B, K), buffers after the passes.
     """
-    keys = randomness.derive(rng, torch.arange(batch.y.shape[0], device=rng.device))
-    passes: list[Tensor] = []
-    for domain in range(batch.y.shape[0]):
-        weight = None if batch.weight is None else batch.weight[domain]
-        features, buffers = embed(model, params, buffers, batch.x[domain], weight, keys[domain])
-        passes.append(features)
-    together = torch.stack(passes)
-    return together, head(params, together), buffers
+    domains = batch.y.shape[0]
+    if domains == 1:
+        key = randomness.derive(rng, 0)
+    else:
+        key = randomness.derive(rng, torch.arange(domains, device=rng.device))
+        model = _apart(model, domains)
+    x, _, weight = pooled(batch)
+    features, after = embed(model, params, buffers, x, weight, key)
+    together = features.reshape(domains, -1, features.shape[1])
+    return together, head(params, together), after
 
 
 def reverse_gradient(features: Tensor, alpha: Tensor) -> Tensor:
@@ -154,6 +161,17 @@ def reverse_gradient(features: Tensor, alpha: Tensor) -> Tensor:
     """
     fixed = features.detach()
     return fixed - alpha * (features - fixed)
+
+
+_APART: WeakKeyDictionary[Classifier, dict[int, Classifier]] = WeakKeyDictionary()
+
+
+def _apart(model: Classifier, domains: int) -> Classifier:
+    """The network for batches of several domains; made once, since of its own tensors none is ever read."""
+    copies = _APART.setdefault(model, {})
+    if domains not in copies:
+        copies[domains] = domains_apart(model, domains)
+    return copies[domains]
 
 
 class _Embedding(nn.Module):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from wearfleet_cloud.kernels.coral.reference import centred
+from wearfleet_cloud.kernels.inner_products import inner_products
 
 __all__ = ["coral_penalty_gram"]
 
@@ -27,7 +28,7 @@ def coral_penalty_gram(features: Tensor, weight: Tensor | None = None) -> Tensor
     domains, windows, width = features.shape
     means, rows, degrees = centred(features, weight)
     flat = (rows / degrees.sqrt()[:, None, None]).reshape(domains * windows, width)
-    products = (flat @ flat.T).double().square()
+    products = inner_products(flat).double().square()
     blocks = products.reshape(domains, windows, domains, windows).sum(dim=(1, 3))  # <C_a, C_b>
     covariance = torch.clamp(domains * blocks.diagonal().sum() - blocks.sum(), min=0.0).to(features.dtype)
     mean = domains * (means - means.mean(dim=0)).square().sum()
