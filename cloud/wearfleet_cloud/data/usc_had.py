@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import scipy.io  # type: ignore[import-untyped]
 from wearfleet_protos.errors import DataError
 from wearfleet_protos.labels import USC_HAD12
 from wearfleet_protos.recording import Channel, Recording
@@ -59,8 +58,10 @@ def _trial(match: re.Match[str], content: bytes) -> _Trial:
         raise DataError(
             f"{name}: expected an activity from 1 to {len(USC_HAD12)} in the file name, got {activity}"
         )
+    from scipy.io import loadmat  # type: ignore[import-untyped]  # noqa: PLC0415 - training needs no scipy otherwise
+
     try:
-        fields: dict[str, Any] = scipy.io.loadmat(io.BytesIO(content))
+        fields: dict[str, Any] = loadmat(io.BytesIO(content))
         samples = np.asarray(fields["sensor_readings"], np.float32)
     except Exception as error:  # scipy raises a dozen types for damaged files
         raise DataError(
