@@ -24,6 +24,7 @@ SMALL_BYTES: Final = 512 * 1024
 """Work on fewer bytes is done at once; handing it to a thread would take longer."""
 
 _PART: Final = ".part"
+_NO_ROUND: Final = "none"
 _MOST_UNFINISHED: Final = 2
 _MOST_SPARE: Final = 256
 _CACHE_BYTES: Final = 512 * 1024 * 1024
@@ -52,7 +53,9 @@ class UpdateStore:
 
     def begin(self, tag: str) -> None:
         """Work on the round with this name from now on; "" means that there is none."""
-        self._before, self._round = self._round, self._root / (tag or "none")
+        if self._round.name != _NO_ROUND:
+            self._before = self._round
+        self._round = self._root / (tag or _NO_ROUND)
         self._round.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._complete, self._unfinished = set(), {}
         for path in sorted(self._round.iterdir(), key=lambda path: path.stat().st_mtime_ns):

@@ -184,10 +184,12 @@ def test_a_new_round_starts_empty_and_the_one_before_the_last_is_swept(updates, 
     assert sorted(path.name for path in (tmp_path / "updates").iterdir()) == ["run-2", "run-3"]
 
 
-def test_the_files_of_the_round_before_are_written_over(updates, tmp_path):
+@pytest.mark.parametrize("between", [(), ("",)])
+def test_the_files_of_the_round_before_are_written_over(updates, tmp_path, between):
     take_in(updates, b"long and old")
-    updates.begin("run-2")
-    updates.sweep()
+    for tag in (*between, "run-2"):
+        updates.begin(tag)
+        updates.sweep()
     take_in(updates, b"new")
     files = [path for path in (tmp_path / "updates").rglob("*") if path.is_file()]
     assert files == [updates._file("anna-0001", digest_of(b"new"))]
