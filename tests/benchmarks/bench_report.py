@@ -98,6 +98,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
+def family_cpu_seconds(pid: int) -> float:
+    """The same of a process and its children together."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return cpu_seconds(pid) + sum(cpu_seconds(int(child)) for child in children)
+
+
 def peak_mib(pid: int) -> float:
     """Largest resident memory of a process so far."""
     text = Path(f"/proc/{pid}/status").read_text()

@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_round.py [--flower-python .venv-flower/bin/python] [--out FILE.csv]
 
 Ours is the whole service as ``wearfleet-cloud serve`` starts it (mutual TLS, SQLite and artifacts on disk) with devices
-that use the agent's transport and checks; Flower's is ``start_server`` and ``start_client`` without TLS. Every client
-is a process of its own and echoes: it returns as many bytes as it got. The first round of each block is left out.
+that use the agent's transport and checks; Flower's is ``start_server`` and ``start_client``, without TLS (what the
+target means) and, for comparison, with TLS that proves the server only. Every client is a process of its own and
+echoes: it returns as many bytes as it got. The first round of each block is left out.
 """
 
 from __future__ import annotations
@@ -35,34 +36,38 @@ def main() -> None:
     print(f"written to {given.out}", file=sys.stderr)
 
 
-def measure(case: Case, python: Path | None, rounds: int, blocks: int) -> list[Row]:
+def measure(case: Case, python: Path, rounds: int, blocks: int) -> list[Row]:
     """All providers of one case; ``rounds`` counted ones a block."""
     seconds: dict[str, list[float]] = {"wearfleet": [], "raw stream": [], "raw stream, TLS": []}
     with tempfile.TemporaryDirectory(prefix="wearfleet-round-") as folder:
         ours = Wearfleet(case, Path(folder))
         raw = Raw(case, ours)
-        flower = Flower(case, python, rounds, blocks, free_port("127.0.0.1", 0, "flower")) if python else None
+        flowers = {
+            name: Flower(case, python, rounds, blocks, free_port("127.0.0.1", 0, "flower"), keys)
+            for name, keys in (("flower 1.41", None), ("flower 1.41, TLS", ours.server_files))
+        }
         try:
             raw.wait_ready()
-            if flower is not None:
+            for name, flower in flowers.items():
                 flower.wait_ready()
-                seconds["flower 1.41"] = []
+                seconds[name] = []
             for block in range(blocks):
                 if block == 1:
                     ours.reset_peak()  # start-up and enrolment are not what a round needs
                 seconds["wearfleet"] += ours.block(rounds)
-                if flower is not None:
-                    seconds["flower 1.41"] += flower.block(rounds)
+                for name, flower in flowers.items():
+                    seconds[name] += flower.block(rounds)
                 seconds["raw stream"] += raw.block("plain", rounds)
                 seconds["raw stream, TLS"] += raw.block("tls", rounds)
-            return _rows(case, seconds, ours, flower)
+            return _rows(case, seconds, ours, flowers)
         finally:
-            for peer in (flower, raw, ours):
-                if peer is not None:
-                    peer.close()
+            for peer in (*flowers.values(), raw, ours):
+                peer.close()
 
 
-def _rows(case: Case, seconds: dict[str, list[float]], ours: Wearfleet, flower: Flower | None) -> list[Row]:
+def _rows(
+    case: Case, seconds: dict[str, list[float]], ours: Wearfleet, flowers: dict[str, Flower]
+) -> list[Row]:
     def entry(provider: str, metric: str, unit: str, values: list[float]) -> Row:
         return row(values, benchmark="round", case=case.name, provider=provider, metric=metric, unit=unit)
 
@@ -80,10 +85,13 @@ def _rows(case: Case, seconds: dict[str, list[float]], ours: Wearfleet, flower: 
     rows.append(entry("wearfleet", "server CPU a round", "ms", [1e3 * value for value in ours.server_cpu]))
     rows.append(entry("wearfleet", "clients' CPU a round", "ms", [1e3 * value for value in ours.clients_cpu]))
     rows.append(entry("wearfleet", "server peak memory", "MiB", [ours.peak_mib()]))
-    if flower is not None:
-        rows.append(entry("flower 1.41", "server peak memory", "MiB", [flower.peak_mib]))
+    for name, flower in flowers.items():
         rows.append(
-            entry("wearfleet", "times faster than Flower", "x", [median["flower 1.41"] / median["wearfleet"]])
+            entry(name, "server's and clients' CPU a round", "ms", [1e3 * value for value in flower.cpu])
+        )
+        rows.append(entry(name, "server peak memory", "MiB", [flower.peak_mib]))
+        rows.append(
+            entry("wearfleet", f"times faster than {name}", "x", [median[name] / median["wearfleet"]])
         )
     return rows
 

@@ -1,7 +1,8 @@
 """Rounds of Flower 1.41 with echo clients: FedAvg, start_server and start_client, one process a client.
 
-Runs in Flower's own environment (its pins clash with ours); ``bench_round.py`` starts it and compares. Each line on
-the input releases ``--block`` rounds; each round prints its seconds.
+Without TLS as in its quick start, or with the server's certificate in ``--keys`` (clients have none: Flower's
+``start_client`` cannot show one). Runs in Flower's own environment (its pins clash with ours); ``bench_round.py``
+starts it and compares. Each line on the input releases ``--block`` rounds; each round prints its seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from flwr.client import NumPyClient, start_client
@@ -60,14 +62,22 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10)
     parser.add_argument("--port", type=int, default=18080)
     parser.add_argument("--client", action="store_true")
+    parser.add_argument("--keys", type=Path, help="folder with ca.pem, server.pem and server.key, for TLS")
     args = parser.parse_args()
     address = f"127.0.0.1:{args.port}"
     if args.client:
-        start_client(server_address=address, client=Echo().to_client(), insecure=True)
+        authority = args.keys and (args.keys / "ca.pem").read_bytes()
+        start_client(
+            server_address=address,
+            client=Echo().to_client(),
+            root_certificates=authority,
+            insecure=authority is None,
+        )
         return
+    keys = ["--keys", str(args.keys)] if args.keys else []
     children = [
         subprocess.Popen(
-            [sys.executable, __file__, "--client", "--port", str(args.port)], stderr=subprocess.DEVNULL
+            [sys.executable, __file__, "--client", "--port", str(args.port), *keys], stderr=subprocess.DEVNULL
         )
         for _ in range(args.clients)
     ]
@@ -80,7 +90,13 @@ def main() -> None:
         initial_parameters=ndarrays_to_parameters([np.zeros(args.parameters, np.float32)]),
     )
     try:
-        start_server(server_address=address, config=ServerConfig(num_rounds=args.rounds), strategy=strategy)
+        start_server(
+            server_address=address,
+            config=ServerConfig(num_rounds=args.rounds),
+            strategy=strategy,
+            certificates=args.keys
+            and tuple((args.keys / name).read_bytes() for name in ("ca.pem", "server.pem", "server.key")),
+        )
     finally:
         for child in children:
             child.terminate()

@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench_report import Children, ask, cpu_seconds, line, peak_mib, reset_peak  # noqa: E402
+from bench_report import Children, ask, cpu_seconds, family_cpu_seconds, line, peak_mib, reset_peak  # noqa: E402
 from service_harness import begin_run, enrolment_ticket, service_settings  # noqa: E402
 from wearfleet_cloud.config import Settings  # noqa: E402
 from wearfleet_cloud.service.state import open_state  # noqa: E402
@@ -137,14 +137,18 @@ class Wearfleet:
 
 
 class Flower:
-    """Flower's server and clients, without TLS, as its quick start has them."""
+    """Flower's server and clients; without TLS, as its quick start has them, or with the certificate in ``keys``."""
 
-    def __init__(self, case: Case, python: Path, rounds: int, blocks: int, port: int) -> None:
+    def __init__(
+        self, case: Case, python: Path, rounds: int, blocks: int, port: int, keys: Path | None = None
+    ) -> None:
         self._children = Children()
         self.peak_mib = 0.0
+        self.cpu: list[float] = []
         self._server = self._children.start(
             python, HERE / "flower_echo.py", "--clients", case.clients, "--parameters", case.values,
-            "--rounds", (1 + rounds) * blocks, "--block", 1 + rounds, "--port", port, stderr=subprocess.DEVNULL,
+            "--rounds", (1 + rounds) * blocks, "--block", 1 + rounds, "--port", port,
+            *(("--keys", keys) if keys else ()), stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
     def wait_ready(self) -> None:
@@ -153,11 +157,11 @@ class Flower:
 
     def block(self, rounds: int) -> list[float]:
         """Seconds of all rounds but the first."""
+        cpu = family_cpu_seconds(self._server.pid)
         ask(self._server, "go", 0)
-        seconds = []
-        for _ in range(rounds):
-            seconds.append(float(line(self._server.stdout)))
-            self.peak_mib = peak_mib(self._server.pid)
+        seconds = [float(line(self._server.stdout)) for _ in range(rounds)]
+        self.peak_mib = peak_mib(self._server.pid)
+        self.cpu.append((family_cpu_seconds(self._server.pid) - cpu) / rounds)
         return [*seconds, float(line(self._server.stdout))][1:]  # after its last round the server ends
 
     def close(self) -> None:
