@@ -69,6 +69,29 @@ def test_stacked_runs_equal_single_runs(
         )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [name for name, kind in ALGORITHMS.items() if not kind.info.alone])
+def test_every_algorithm_that_stacks_comes_to_its_single_runs(
+    small_people: Prepared, tmp_path: Path, algorithm: str
+) -> None:
+    """Two seeds; windows are looked at as a whole (``refresh``) and passes end within the ten steps."""
+    spec = replace(model_spec_for(small_people.dataset), feedforward=16)
+    config = replace(_CONFIG, steps=10, evaluate_every=5, lr=1e-4)
+    hyper = dict.fromkeys(("teacher_steps", "linear_steps", "anneal_steps"), 2.0)
+    hyper = {name: value for name, value in hyper.items() if name in ALGORITHMS[algorithm].info.hyper}
+    scenario = cross_person(small_people, 0)
+    runs = [
+        plan_run(scenario, algorithm, spec, replace(config, seed=seed, hyper=hyper), tmp_path / str(seed))
+        for seed in (1, 2)
+    ]
+    train_stacked(runs, tmp_path / "checkpoint")
+    for run in runs:
+        alone = tmp_path / "alone" / run.folder.name
+        train(scenario, algorithm, spec, run.config, alone)
+        for mine, expected in zip(_rows(run.folder), _rows(alone), strict=True):
+            assert mine == pytest.approx(expected, rel=5e-3, abs=0.03)
+
+
 class _PowerCutError(Exception):
     """The process is gone."""
 
