@@ -87,7 +87,7 @@ def test_a_target_that_is_measured_in_other_units_gets_the_same_classes() -> Non
     moved = carry_labels(
         x,
         y,
-        other * np.array([9.8, 0.1, 57.0, 1.0]) + np.array([3.0, -8.0, 0.0, 100.0]),
+        other * np.array([9.8, 0.1, 57.0, 1.0]) + np.array([300.0, -800.0, 0.0, 100.0]),
         _HYPER,
         strict=False,
     )
