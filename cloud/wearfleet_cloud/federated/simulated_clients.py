@@ -34,7 +34,8 @@ class SimulatedClient:
 def people(prepared: "Prepared", most: int = 0) -> tuple[SimulatedClient, ...]:
     """Each subject of a data set as a client, split like a device splits its wearer's recordings.
 
-    Class by class the later 30 % are held out; earlier windows that share a sample with them are dropped.
+    Class by class the later 30 % are held out; earlier windows that share a sample with them are dropped. Who has no
+    windows in one of the two parts is no client.
 
     Args:
         prepared: the data set.

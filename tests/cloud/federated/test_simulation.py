@@ -52,7 +52,12 @@ def outcome(name: str, runner, **changes: int) -> Outcome:
     return simulate(made(name), model("cnn"), Population(CLIENTS), simulation, runner)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+FAST = ("fedbn", "ditto", "scaffold")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS]
+)
 def test_stacked_clients_give_the_weights_and_figures_of_the_wire(name: str) -> None:
     fast, real = outcome(name, stacked), outcome(name, wired)
     assert fast.tensors.keys() == real.tensors.keys()

@@ -14,6 +14,7 @@ from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.tensors import TensorRole
 
 SEED, ROUND = 7, 3
+FEDAVG_ON_CLIENTS = ("fedadagrad", "fedadam", "fedavgm", "fedyogi")
 
 
 def reference(
@@ -36,7 +37,10 @@ def contribution(name: str, result: ClientResult) -> Contribution:
 @pytest.mark.parametrize(
     ("name", "backbone"),
     [
-        *((name, "cnn") for name in STRATEGIES),
+        *(
+            pytest.param(name, "cnn", marks=pytest.mark.slow if name in FEDAVG_ON_CLIENTS else ())
+            for name in STRATEGIES
+        ),
         ("fedavg", "transformer"),
         pytest.param("fedprox", "transformer", marks=pytest.mark.slow),
     ],
