@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 make --no-print-directory check
-python -m pytest -q -m "not slow and not e2e and not browser and not gpu" "$@"
+python -m pytest -q -n 2 --dist loadfile -m "not slow and not e2e and not browser and not gpu" "$@"
 python -m pytest -q -m "(slow or e2e or browser) and not gpu" "$@"
