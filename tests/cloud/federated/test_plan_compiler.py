@@ -110,7 +110,7 @@ def test_an_input_without_influence_is_left_out() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_compiling_twice_gives_the_same_bytes(strategy: str) -> None:
-    options = {"momentum": 0.9}
+    options = {} if strategy == "scaffold" else {"momentum": 0.9}  # which needs plain SGD
     one = build_plan(create_strategy(strategy, options), model("cnn", seed=1), CONTRACT, plan_id="p")
     two = build_plan(create_strategy(strategy, options), model("cnn", seed=2), CONTRACT, plan_id="p")
     assert one[0].to_bytes() == two[0].to_bytes()
