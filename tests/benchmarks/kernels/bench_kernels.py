@@ -3,8 +3,9 @@
     python tests/benchmarks/kernels/bench_kernels.py --device cuda [--only mmd coral] [--budget 400] --csv FILE.csv
 
 Correctness comes first and in the same run: a provider whose result or any gradient differs from float64 by more than
-the operation allows gets a row with its error and without a time. ``--budget`` ends the run after so many seconds:
-shapes not reached by then have no row, and the number of them is printed.
+the operation allows gets a row with its error and without a time; so does one at a shape whose float64 result fits
+neither into the device nor into the host (its error is nan). ``--budget`` ends the run after so many seconds: shapes
+not reached by then have no row, and the number of them is printed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import math
+import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -126,8 +130,8 @@ def measure(job: Job, clock: Clock, ceilings: Ceilings, *, compiled: bool) -> It
             print(f"  {provider}: out of memory", flush=True)
             torch.cuda.empty_cache()
             continue
-        error = largest_error(found, expected) if expected else float("nan")
-        right = not expected or error <= case.relative[dtype]
+        error = largest_error(found, expected) if expected else math.nan
+        right = error <= case.relative[dtype]
         for part, call in _parts(function, leaves, others, backward=backward):
             taken = clock.time(call) if right else None
             peak = clock.peak_mib(call) if right else None
@@ -140,15 +144,19 @@ def measure(job: Job, clock: Clock, ceilings: Ceilings, *, compiled: bool) -> It
 
 
 def _truth(job: Job, leaves: tuple[Tensor, ...], others: tuple[object, ...]) -> list[Tensor]:
-    """Results and gradients in float64; none where they would not fit."""
-    case = job.case
-    gradients = not case.no_backward
-    try:
-        exact = in_double(leaves, gradients=gradients)
-        return value_and_gradients(case.eager, exact, in_double(others, gradients=False), gradients=gradients)  # type: ignore[arg-type]
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return []
+    """Results and gradients in float64, from the host where the device is too small; none where that is too."""
+    gradients = not job.case.no_backward
+    needed = 0.0 if job.case.memory_limit is None else 2 * job.case.memory_limit(job.sizes)
+    places = [leaves[0].device]
+    if places[0].type == "cuda" and 2 * needed < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        places.append(torch.device("cpu"))
+    for place in places:
+        try:
+            exact, rest = in_double(leaves, place, gradients), in_double(others, place, gradients=False)
+            return value_and_gradients(job.case.eager, exact, rest, gradients=gradients)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return []
 
 
 def _parts(
@@ -187,6 +195,8 @@ def _versions() -> str:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
@@ -212,8 +222,9 @@ def run(options: argparse.Namespace, todo: list[Job]) -> int:
                     {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
                 )
                 file.flush()
-                wrong += row.median_us is None and row.part == "forward" and row.provider == "ours"
-                shown = "WRONG" if row.median_us is None else f"{row.median_us:10.1f} us"
+                unknown, untimed = math.isnan(row.error), row.median_us is None
+                wrong += untimed and not unknown and row.part == "forward" and row.provider == "ours"
+                shown = "UNKNOWN" if unknown else "WRONG" if untimed else f"{row.median_us:10.1f} us"
                 print(f"  {row.provider:8} {row.part:9} {shown}  error {row.error:.2g}", flush=True)
     return wrong
 

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/kernels/kernel_report.py FILE.csv --out docs/results/kernels
 
-Writes ``README.md`` with a table for every operation and ``<operation>.png``, time against the competitors' by shape.
+Writes ``README.md`` with a table for every operation and, where matplotlib is installed, ``<operation>.png``: time
+against the competitors' by shape.
 """
 
 from __future__ import annotations
@@ -10,12 +11,8 @@ from __future__ import annotations
 import argparse
 import csv
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
-
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 _ORDER = ("naive", "eager", "compile", "ours")
 _COLOURS = {"naive": "#b0b0b0", "eager": "#7c9ec9", "compile": "#d99a4e", "ours": "#2f7d5b"}
@@ -70,6 +67,11 @@ def _cells(found: dict[str, dict[str, str]], providers: list[str], others: list[
 
 def plot(operation: str, rows: Rows, path: Path) -> None:
     """Bars of forward and backward together (forward where there is no backward), by shape; logarithmic."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
     part = "both" if any(row["part"] == "both" for row in rows) else "forward"
     shapes = by_shape(rows, part)
     providers = [p for p in _ORDER if any(p in found for found in shapes.values())]
@@ -114,10 +116,16 @@ def main() -> None:
         "",
     ]
     lines += ["Median microseconds; the 20th and 80th percentile and all else are in the CSV file.", ""]
+    drawing = find_spec("matplotlib") is not None
+    if not drawing:
+        print("matplotlib is not installed: tables without plots")
     for name, rows in operations.items():
-        picture = options.out / f"{name.replace('/', '-')}.png"
-        plot(name, rows, picture)
-        lines += [f"## {name}", "", f"![{name}]({picture.name})", "", *table(rows), ""]
+        lines += [f"## {name}", ""]
+        if drawing:
+            picture = options.out / f"{name.replace('/', '-')}.png"
+            plot(name, rows, picture)
+            lines += [f"![{name}]({picture.name})", ""]
+        lines += [*table(rows), ""]
     (options.out / "README.md").write_text("\n".join(lines))
 
 

@@ -115,11 +115,13 @@ def value_and_gradients(
     return found
 
 
-def in_double(values: Sequence[object], *, gradients: bool) -> list[object]:
-    """Copies in float64 of all floating tensors; the others as they are."""
+def in_double(values: Sequence[object], device: torch.device, gradients: bool) -> list[object]:
+    """All tensors on a device, the floating ones as copies in float64; the others as they are."""
     return [
-        value.detach().double().requires_grad_(gradients)
+        value.detach().to(device, torch.float64).requires_grad_(gradients)
         if isinstance(value, Tensor) and value.is_floating_point()
+        else value.to(device)
+        if isinstance(value, Tensor)
         else value
         for value in values
     ]
@@ -130,6 +132,6 @@ def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     worst = 0.0
     for ours, exact in zip(found, expected, strict=True):
         scale = exact.abs().max().clamp_min(1e-30)
-        error = float(((ours.double() - exact).abs().max() / scale).item())
+        error = float(((ours.to(exact.device).double() - exact).abs().max() / scale).item())
         worst = max(worst, error if error == error else float("inf"))  # noqa: PLR0124  NaN is not itself
     return worst
