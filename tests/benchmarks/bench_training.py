@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import nn
-from wearfleet_cloud.algorithms import ALGORITHMS, build_algorithm
+from wearfleet_cloud.algorithms import ALGORITHMS, build_algorithm, network_of
 from wearfleet_cloud.training.loop import Resident, advance, resident
 from wearfleet_cloud.training.optimisers import Adam, Sgd
 from wearfleet_models import ModelSpec, build_classifier
@@ -88,7 +88,9 @@ def stock_loop(windows: Resident) -> Callable[[int], None]:
 
 def our_loop(name: str, backbone: str, windows: Resident) -> Callable[[int], None]:
     """One of our algorithms as ``train`` runs it, without evaluations."""
-    algorithm = build_algorithm(name, build_classifier(ModelSpec(backbone, 6, 128, 6)), Adam())
+    domains = len(windows.sizes)
+    network = network_of(name, ModelSpec(backbone, 6, 128, 6), domains)
+    algorithm = build_algorithm(name, build_classifier(network), Adam(), domains=domains)
     hyper = {n: torch.tensor(float(v)) for n, v in {"lr": 1e-3, **algorithm.info.hyper}.items()}
     state, made = algorithm.init(), 0
 

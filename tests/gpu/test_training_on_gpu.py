@@ -7,14 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from wearfleet_cloud.algorithms import ALGORITHMS, build_algorithm
+from wearfleet_cloud.algorithms import ALGORITHMS, build_algorithm, network_of
 from wearfleet_cloud.training.loop import advance, resident
 from wearfleet_cloud.training.optimisers import Adam
 from wearfleet_models import ModelSpec, build_classifier
 
 pytestmark = pytest.mark.gpu
 
-STEPS = 20
+STEPS, LR = 20, 1e-3
+SHORT = {"teacher_steps": 2.0}  # hyper-parameters that would make twenty steps a long run
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +33,16 @@ def _run(name: str, backbone: str, device: str, *, guarded: bool) -> dict[str, t
         (generator.normal(size=(64, 6, 128)).astype(np.float32), generator.integers(0, 6, 64))
         for _ in range(3)
     ]
-    model = build_classifier(ModelSpec(backbone, 6, 128, 6), 0).to(device)
-    algorithm = build_algorithm(name, model, Adam(betas=(0.9, 0.999), weight_decay=1e-4))
+    network = network_of(name, ModelSpec(backbone, 6, 128, 6), len(domains))
+    model = build_classifier(network, 0).to(device)
+    algorithm = build_algorithm(
+        name, model, Adam(betas=(0.9, 0.999), weight_decay=1e-4), domains=len(domains)
+    )
     data = resident(domains, torch.device(device))
     info = ALGORITHMS[name].info
-    hyper = {key: torch.tensor(value, device=device) for key, value in {**info.hyper, "lr": 1e-3}.items()}
+    short = {name: value for name, value in SHORT.items() if name in info.hyper}
+    values = {**info.hyper, **short, "lr": LR}
+    hyper = {key: torch.tensor(float(value), device=device) for key, value in values.items()}
     state = algorithm.init()
     settings = {"key": torch.tensor(5, device=device), "batch": 16, "on_step": lambda _: None}
     if guarded:
@@ -58,9 +64,10 @@ def test_twenty_steps_on_the_gpu_agree_with_the_cpu(name: str, backbone: str) ->
     cpu, gpu = _run(name, backbone, "cpu", guarded=False), _run(name, backbone, "cuda", guarded=False)
     for key, value in cpu.items():
         # Adam moves a weight by at most lr a step, and by about that in whatever direction the sign of a tiny
-        # gradient has, so rounding can part two runs by a few steps where a gradient is near zero, never by more.
-        assert (gpu[key] - value).abs().max() <= 2 * STEPS * 1e-3
-        assert (gpu[key] - value).abs().median() <= 1e-4
+        # gradient has, so rounding can part two runs by a few steps where a gradient is near zero, never by more;
+        # half of the weights by less than one of twenty steps.
+        assert (gpu[key] - value).abs().max() <= 2 * STEPS * LR
+        assert (gpu[key] - value).abs().median() <= LR
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
