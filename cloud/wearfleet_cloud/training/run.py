@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from wearfleet_models import ModelSpec, build_classifier
-from wearfleet_protos.errors import ConfigError, ShapeError
+from wearfleet_protos.errors import ConfigError, DataError, ShapeError
 
 from wearfleet_cloud.algorithms import Algorithm, algorithm_info, build_algorithm, network_of
 from wearfleet_cloud.data.scenarios import Scenario, SourceSplit, split_sources
@@ -84,7 +84,8 @@ def plan_run(scenario: Scenario, algorithm: str, spec: ModelSpec, config: TrainC
     Raises:
         ConfigError: an unknown algorithm, hyper-parameter, option or device.
         ShapeError: the network does not fit the windows.
-        DataError: the split is impossible.
+        DataError: the split is impossible, a source domain has no window to train or to validate on, or windows hold
+            NaN or infinity.
     """
     dataset = scenario.prepared.dataset
     wanted = (len(dataset.channels), dataset.window, len(dataset.label_names))
@@ -105,4 +106,15 @@ def plan_run(scenario: Scenario, algorithm: str, spec: ModelSpec, config: TrainC
         raise ConfigError(
             f"device {config.device!r} cannot be used here ({error}); use --device cpu"
         ) from error
+    _check_windows(scenario)
     return Run(scenario, split_sources(scenario, config.split), algorithm, spec, config, folder)
+
+
+def _check_windows(scenario: Scenario) -> None:
+    for domain in (*scenario.sources, scenario.target):
+        broken = ~np.isfinite(domain.x).all(axis=(1, 2))
+        if broken.any():
+            raise DataError(
+                f"{int(broken.sum())} of {len(domain)} windows of {domain.name} hold NaN or infinity; the reader must "
+                "interpolate or split there"
+            )

@@ -1,11 +1,12 @@
 """Runs in segments: advance to the next evaluation, score, select, write down, repeat; resumes where it stopped."""
 
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from wearfleet_protos.errors import ConflictError
@@ -18,6 +19,8 @@ from wearfleet_cloud.training.selection import Scores, select_all
 
 __all__ = ["CHECKPOINT_FILE", "Runner", "Session"]
 
+_DIVERGED: Final = Scores(0.0, 0.0, 0.0, 0.0)
+"""Of a network whose loss was not finite: never better than one that learned, whatever class its NaN fall on."""
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"
 
@@ -107,16 +110,23 @@ class Session:
             state, range(first, last), lambda step: progress("training", step, config.steps)
         )
         seconds = (before.seconds if before else 0.0) + time.perf_counter() - began
-        scores = self.runner.examine(state)
+        finite = [math.isfinite(means["loss"]) for means in metrics]
+        examined = self.runner.examine(state)
+        scores = [own if sane else _DIVERGED for own, sane in zip(examined, finite, strict=True)]
         older = before.best if before else (None,) * len(scores)
         best = tuple(select_all(old, last, new) for old, new in zip(older, scores, strict=True))
         better = [b[run.config.selection].step == last for run, b in zip(self.runs, best, strict=True)]
         kept = self.runner.keep(state, dict(before.kept) if before else None, better)
         rows: list[dict[str, object]] = [
-            {"step": last, **means, **asdict(score), "seconds": round(seconds, 3)}
+            {"step": last, **_json(means), **asdict(score), "seconds": round(seconds, 3)}
             for means, score in zip(metrics, scores, strict=True)
         ]
         return Checkpoint(self.fingerprint, last, state, best, kept, seconds), rows
+
+
+def _json(means: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no number that is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in means.items()}
 
 
 def _rewrite_metrics(path: Path, last_step: int) -> None:

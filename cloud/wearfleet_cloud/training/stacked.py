@@ -166,7 +166,7 @@ def train_stacked(runs: Sequence[Run], folder: Path, progress: Progress = silent
         The result of every run, as ``train`` gives it.
 
     Raises:
-        ConfigError: runs that cannot be stacked.
+        ConfigError: runs that cannot be stacked; or a run diverged (the others are written).
         DataError, ConflictError, IntegrityError: as for ``train``.
     """
     _check_stackable(runs)
@@ -181,20 +181,27 @@ def train_stacked(runs: Sequence[Run], folder: Path, progress: Progress = silent
         stacked_examination(runs, device),
     )
     last = Session(runner, runs, _fingerprint(runs), folder).finish(progress)
-    results = []
+    results, diverged = [], None
     for number, (run, algorithm) in enumerate(zip(runs, runner.algorithms, strict=True)):
-        target = run.scenario.target
-        results.append(
-            conclude(
-                run,
-                algorithm.model,
-                on_device(target.x, target.y, device),
-                kept={name: tensor[number] for name, tensor in last.kept.items()},
-                best=last.best[number],
-                seconds=last.seconds,
-                stacked=len(runs),
+        target = on_device(run.scenario.target.x, run.scenario.target.y, device)
+        kept = {name: tensor[number] for name, tensor in last.kept.items()}
+        best = last.best[number]
+        try:
+            results.append(
+                conclude(
+                    run,
+                    algorithm.model,
+                    target,
+                    kept=kept,
+                    best=best,
+                    seconds=last.seconds,
+                    stacked=len(runs),
+                )
             )
-        )
+        except ConfigError as error:
+            diverged = error  # the others have their results
+    if diverged:
+        raise diverged
     return results
 
 

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from wearfleet_models import Classifier, ModelSpec
+from wearfleet_protos.errors import ConfigError
 
 from wearfleet_cloud.data.dataset import Dataset, Progress, silent
 from wearfleet_cloud.data.scenarios import Scenario, SourceSplit
@@ -81,9 +83,9 @@ def train(  # noqa: PLR0917 - what, how, where: callers name them in this order
         The model of the kept step and its scores.
 
     Raises:
-        ConfigError: an unknown algorithm, hyper-parameter, option or device.
+        ConfigError: an unknown algorithm, hyper-parameter, option or device; training diverged.
         ShapeError: the network does not fit the windows.
-        DataError: a domain without training or validation windows.
+        DataError: a domain without training or validation windows, or windows that are not finite.
         ConflictError: the folder holds another run.
         IntegrityError: the checkpoint in the folder is damaged.
     """
@@ -124,7 +126,16 @@ def conclude(
         seconds: spent in updates, of all runs of a stack together.
         stacked: runs that advanced together.
         transduced: (N,) classes of the target's windows that the algorithm found, None for those of the network.
+
+    Raises:
+        ConfigError: the kept tensors are not finite; nothing is written.
     """
+    step = best[run.config.selection].step
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in kept.values()):
+        raise ConfigError(
+            f"training of {run.algorithm} diverged before its first evaluation (step {step}); lower the learning rate "
+            f"(--set lr=..., it was {run.config.lr:g}) or what weighs the penalty"
+        )
     model.load_state_dict(dict(kept))
     model.eval()
     network = evaluate(model, kept, target.x, target.y, model.spec.classes)

@@ -22,7 +22,7 @@ from wearfleet_cloud.training.benchmark.execution import (
 )
 from wearfleet_cloud.training.benchmark.grid import Cell, Grid, cells
 from wearfleet_cloud.training.benchmark.on_ray import on_ray
-from wearfleet_cloud.training.benchmark.rows import Row, read_row, write_rows
+from wearfleet_cloud.training.benchmark.rows import FAILURE_FILE, Row, read_row, write_rows
 from wearfleet_cloud.training.benchmark.tables import markdown
 from wearfleet_cloud.training.checkpoint import write_atomically
 from wearfleet_cloud.training.selection import RULES
@@ -124,7 +124,7 @@ def _domains(dataset: str, scenario: str, place: Place) -> int:
 def _forget_failures(wanted: Sequence[Cell], place: Place) -> None:
     """Runs that failed are tried again: the reason may be gone."""
     for cell in wanted:
-        (place.folder(cell) / "failure.json").unlink(missing_ok=True)
+        (place.folder(cell) / FAILURE_FILE).unlink(missing_ok=True)
 
 
 def _check_same(grid: Grid, out: Path) -> None:

@@ -27,7 +27,7 @@ from wearfleet_cloud.training.run import Run, plan_run
 from wearfleet_cloud.training.session import CHECKPOINT_FILE
 from wearfleet_cloud.training.settings import held_out, run_settings
 from wearfleet_cloud.training.stacked import stack_key, train_stacked
-from wearfleet_cloud.training.trainer import train
+from wearfleet_cloud.training.trainer import RESULT_FILE, train
 
 __all__ = ["Place", "Task", "in_processes", "one_by_one", "perform", "planned", "prepared", "tasks_of"]
 
@@ -103,8 +103,9 @@ def perform(task: Task, progress: Progress = silent) -> None:
         elif runs:
             train_stacked([run for _, run in runs], task.folder, progress)
     except Exception as error:  # noqa: BLE001 - as above
-        for cell, _ in runs:
-            _write_failure(task.place.folder(cell), error)
+        for cell, run in runs:
+            if not (run.folder / RESULT_FILE).exists():
+                _write_failure(task.place.folder(cell), error)
     (task.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 

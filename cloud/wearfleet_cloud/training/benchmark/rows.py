@@ -12,12 +12,12 @@ from wearfleet_protos.errors import IntegrityError
 from wearfleet_cloud.training.benchmark.grid import Cell
 from wearfleet_cloud.training.checkpoint import write_atomically
 from wearfleet_cloud.training.selection import RULES
+from wearfleet_cloud.training.trainer import RESULT_FILE
 
 __all__ = ["COLUMNS", "FAILURE_FILE", "TIME_COLUMNS", "Row", "read_row", "trial_columns", "write_rows"]
 
 Row = dict[str, str]
 FAILURE_FILE = "failure.json"
-RESULT_FILE = "result.json"
 
 _SCORES: Final = ("step", "score", "target_accuracy", "target_macro_f1")
 
