@@ -8,11 +8,21 @@ import torch
 from torch import Tensor
 from wearfleet_models import ModelSpec, randomness
 
-from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, State, Tensors
+from wearfleet_cloud.algorithms.affar import Affar
+from wearfleet_cloud.algorithms.base import (
+    Algorithm,
+    AlgorithmInfo,
+    Batch,
+    State,
+    Tensors,
+    TrainingWindows,
+)
 from wearfleet_cloud.algorithms.coral import Coral
 from wearfleet_cloud.algorithms.dann import Dann
+from wearfleet_cloud.algorithms.difex import Difex
 from wearfleet_cloud.algorithms.fishr import Fishr
 from wearfleet_cloud.algorithms.gradients import gradients, update
+from wearfleet_cloud.algorithms.lag import Lag
 from wearfleet_cloud.algorithms.mixup import Mixed, mix
 from wearfleet_cloud.algorithms.mmd import Mmd
 from wearfleet_cloud.algorithms.one_domain import reordered
@@ -29,8 +39,11 @@ METHODS: Final[Mapping[str, type[Penalised]]] = {
     "vrex": VREx,
     "fishr": Fishr,
     "dann": Dann,
+    "lag": Lag,
+    "difex": Difex,
+    "affar": Affar,
 }
-"""What can be guided: each as it is by default."""
+"""What can be guided: each with its default options and hyper-parameters (but DIFEX's ``teacher_steps``)."""
 _GUIDE = 7_000
 _CIRCLE, _LAMBDA = 0, 1
 
@@ -47,8 +60,8 @@ class Guided(Algorithm):
     Source: Lu et al. 2023, "Towards optimization and model selection for domain generalization: a Mixup-guided
     solution", PMLR 218, arXiv:2209.00652; specs/ood.md 3.8.
     Differs: a reconstruction. The paper's code is not published and its exact problem was not at hand: the objective,
-    its closed form and what the head does are ours. The method's own weight of the penalty, and its annealing, are
-    not used; statistics run over the method's pass only.
+    its closed form and what the head does are ours. The method's own weight of the whole penalty, and its annealing,
+    are not used (weights of terms within it are); statistics run over the method's pass only.
     """
 
     method: str = "coral"
@@ -58,10 +71,10 @@ class Guided(Algorithm):
         title="Mixup-guided (reconstruction)",
         paper="Lu et al. 2023, arXiv:2209.00652 (reconstruction)",
         family="multi-objective",
-        needs=("domain labels",),
+        needs=("domain labels", "full pass"),
         forward="per-domain",
         inference="backbone + head",
-        hyper={"concentration": 0.2, "alpha": 1.0, "ema": 0.95},
+        hyper={"concentration": 0.2, "teacher_steps": Difex.info.hyper["teacher_steps"]},
         options={"method": tuple(METHODS)},
     )
 
@@ -79,16 +92,25 @@ class Guided(Algorithm):
         """As ``Algorithm.init``: that of the method."""
         return self.inner.init(seed)
 
+    def refresh_at(self, number: int, pass_steps: int) -> bool:
+        """As ``Algorithm.refresh_at``: when the method's comes."""
+        return self.inner.refresh_at(number, pass_steps)
+
+    def refresh(self, state: State, data: TrainingWindows, hyper: Mapping[str, Tensor], rng: Tensor) -> State:
+        """As ``Algorithm.refresh``: that of the method."""
+        return self.inner.refresh(state, data, self._with_defaults(hyper), rng)
+
     def step(
         self, state: State, batch: Batch, hyper: Mapping[str, Tensor], rng: Tensor
     ) -> tuple[State, dict[str, Tensor]]:
         """As ``Algorithm.step``; metrics "loss" (the risk), "penalty", "guide" (on mixtures), "share" w, "accuracy"."""
         mixed = _across_domains(batch, hyper["concentration"], randomness.derive(rng, _GUIDE))
+        given = self._with_defaults(hyper)
 
         def objectives(
             params: Tensors, buffers: Tensors
         ) -> tuple[tuple[Tensor, ...], tuple[Tensors, Tensors]]:
-            found = self.inner.losses(params, buffers, batch, hyper, rng)
+            found = self.inner.losses(params, buffers, batch, given, rng)
             guide = self._guide(params, buffers, mixed, randomness.derive(rng, _GUIDE + 1))
             return (found.risk, found.penalty, guide), (found.metrics, found.buffers)
 
@@ -102,6 +124,11 @@ class Guided(Algorithm):
         after = update(state._replace(buffers=buffers), step, self.optimiser, hyper["lr"])
         named = {"loss": losses[0], "penalty": losses[1], "guide": losses[2], "share": share}
         return after, {**metrics, **named}
+
+    def _with_defaults(self, hyper: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The hyper-parameters, with those of the method beside them."""
+        defaults = {n: torch.full_like(hyper["lr"], v) for n, v in self.inner.info.hyper.items()}
+        return {**defaults, **hyper}
 
     def _guide(self, params: Tensors, buffers: Tensors, mixed: Mixed, rng: Tensor) -> Tensor:
         """() cross-entropy on mixtures, normalised together."""
