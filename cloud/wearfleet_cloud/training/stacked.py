@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,10 @@ from wearfleet_models import randomness
 from wearfleet_protos.errors import ConfigError
 
 from wearfleet_cloud.algorithms import Algorithm, algorithm_info, algorithm_kind
-from wearfleet_cloud.algorithms.base import Batch, State, Tensors
+from wearfleet_cloud.algorithms.base import Batch, State, Step, Tensors
 from wearfleet_cloud.data.dataset import Progress, silent
 from wearfleet_cloud.training.examination import on_device
+from wearfleet_cloud.training.graphed import GraphedStep, Recorder, StepFunction, cuda_recorder, own_state
 from wearfleet_cloud.training.loop import REFRESHES, STEPS
 from wearfleet_cloud.training.pool import Pool, Tables, pool_of, tables_of
 from wearfleet_cloud.training.run import Run
@@ -33,7 +34,7 @@ from wearfleet_cloud.training.stacked_draws import StackedDraws
 from wearfleet_cloud.training.stacked_examination import StackedExamination, stacked_examination
 from wearfleet_cloud.training.trainer import TrainResult, conclude
 
-__all__ = ["StackedRuns", "stack_key", "train_stacked"]
+__all__ = ["StackedRuns", "stack_key", "stacked_runs", "train_stacked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,10 @@ class StackedRuns:
         pool: windows of the data set.
         tables: which of them each run trains on.
         examination: which of them each run is scored on.
+        hyper: (R,) each, of every run.
+        keys: (R,) int64 key of every run.
+        recorder: of steps, None to run them as they are.
+        recorded: steps that were recorded, by kind.
     """
 
     algorithms: Sequence[Algorithm]
@@ -53,6 +58,10 @@ class StackedRuns:
     pool: Pool
     tables: Tables
     examination: StackedExamination
+    hyper: Tensors
+    keys: Tensor
+    recorder: Recorder | None
+    recorded: dict[object, GraphedStep] = field(default_factory=dict)
 
     def init(self) -> State:
         """As ``Runner.init``."""
@@ -61,25 +70,29 @@ class StackedRuns:
     def advance(
         self, state: State, steps: range, on_step: Callable[[int], None]
     ) -> tuple[State, list[dict[str, float]]]:
-        """As ``Runner.advance``; reads nothing back between the steps."""
-        hyper, keys = self._hyper(), self._keys()
-        draws = StackedDraws(self._algorithm, self.tables, self.runs[0].config.batch, keys)
-        step_keys = vmap(lambda key: randomness.derive(key, STEPS))(keys)
+        """As ``Runner.advance``."""
+        state, means = self.make_steps(state, steps, on_step)
+        read = {name: value.tolist() for name, value in means.items()}  # waits for the device
+        return state, [{name: values[run] for name, values in read.items()} for run in range(len(self.runs))]
+
+    def make_steps(self, state: State, steps: range, on_step: Callable[[int], None]) -> tuple[State, Tensors]:
+        """As ``advance``, with the means (R,) still on the device: nothing is read back from it."""
+        draws = StackedDraws(self._algorithm, self.tables, self.runs[0].config.batch, self.keys)
+        step_keys = vmap(lambda key: randomness.derive(key, STEPS))(self.keys)
         sums: Tensors = {}
         times: Counter[str] = Counter()
         for step in steps:
             if self._algorithm.refresh_at(step, draws.in_a_pass):
-                state = self._refreshed(state, hyper, keys, step)
+                state = self._refreshed(state, step)
             if step == steps.start or step % BLOCK == 0:
                 block = _keys_of_block(step_keys, step // BLOCK)
-            batch = self.tables.batch(self.pool, draws.at(step))
-            make = self._algorithm.step_at(step, draws.in_a_pass)
-            state, metrics = _step_all(make, state, batch, hyper, block[:, step % BLOCK])
+            make = self._step_of(self._algorithm.step_at(step, draws.in_a_pass))
+            state, metrics = make(state, draws.at(step), block[:, step % BLOCK])
             sums = {**sums, **{name: sums.get(name, 0.0) + value for name, value in metrics.items()}}
             times.update(metrics.keys())
             on_step(step + 1)
-        means = {name: (value / times[name]).tolist() for name, value in sums.items()}  # waits for the device
-        return state, [{name: values[run] for name, values in means.items()} for run in range(len(self.runs))]
+        state = own_state(state) if self.recorder else state
+        return state, {name: value / times[name] for name, value in sums.items()}
 
     def examine(self, state: State) -> list[Scores]:
         """As ``Runner.examine``."""
@@ -102,24 +115,51 @@ class StackedRuns:
     def _algorithm(self) -> Algorithm:
         return self.algorithms[0]
 
-    def _hyper(self) -> Tensors:
-        values = [run.hyper() for run in self.runs]
-        device = self.pool.x.device
-        return {name: torch.tensor([float(v[name]) for v in values], device=device) for name in values[0]}
+    def _step_of(self, make: Step) -> StepFunction:
+        """A step of the algorithm for all runs, recorded where that is possible."""
 
-    def _keys(self) -> Tensor:
-        """(R,) int64 key of every run."""
-        seeds = torch.tensor([run.config.seed for run in self.runs], device=self.pool.x.device)
-        return vmap(lambda seed: randomness.derive(seed, 0))(seeds)
+        def step_all(state: State, number: Tensor, keys: Tensor) -> tuple[State, Tensors]:
+            return _step_all(make, state, self.tables.batch(self.pool, number), self.hyper, keys)
 
-    def _refreshed(self, state: State, hyper: Tensors, keys: Tensor, step: int) -> State:
+        kind = getattr(
+            make, "__func__", None
+        )  # the same for every step of a kind, where the bound method is new
+        if self.recorder is None or kind is None:
+            return step_all
+        if kind not in self.recorded:
+            self.recorded[kind] = GraphedStep(step_all, self.recorder)
+        return self.recorded[kind]
+
+    def _refreshed(self, state: State, step: int) -> State:
         """``refresh`` run by run: each looks at windows of its own, and how many those are may differ."""
         after = []
         for run, algorithm in enumerate(self.algorithms):
-            own_hyper = {name: value[run] for name, value in hyper.items()}
-            rng = randomness.derive(randomness.derive(keys[run], REFRESHES), step)
+            own_hyper = {name: value[run] for name, value in self.hyper.items()}
+            rng = randomness.derive(randomness.derive(self.keys[run], REFRESHES), step)
             after.append(algorithm.refresh(_of(state, run), self.tables.of(self.pool, run), own_hyper, rng))
         return _stacked(after)
+
+
+def stacked_runs(runs: Sequence[Run], recorder: Recorder | None = None) -> StackedRuns:
+    """Build networks and algorithms of runs of one :func:`stack_key`, and copy the windows to their device.
+
+    Args:
+        runs: at least one.
+        recorder: of steps; None for the one that suits the device (CUDA graphs on a GPU).
+    """
+    device = torch.device(runs[0].config.device)
+    values = [run.hyper() for run in runs]
+    seeds = torch.tensor([run.config.seed for run in runs], device=device)
+    return StackedRuns(
+        [run.build() for run in runs],
+        runs,
+        pool_of(runs[0].scenario.prepared.windows, device),
+        tables_of(runs, device),
+        stacked_examination(runs, device),
+        hyper={name: torch.tensor([float(v[name]) for v in values], device=device) for name in values[0]},
+        keys=vmap(lambda seed: randomness.derive(seed, 0))(seeds),
+        recorder=recorder or (cuda_recorder if device.type == "cuda" else None),
+    )
 
 
 def stack_key(run: Run) -> str:
@@ -173,13 +213,7 @@ def train_stacked(runs: Sequence[Run], folder: Path, progress: Progress = silent
     for place in (folder, *(run.folder for run in runs)):
         place.mkdir(parents=True, exist_ok=True)
     device = torch.device(runs[0].config.device)
-    runner = StackedRuns(
-        [run.build() for run in runs],
-        runs,
-        pool_of(runs[0].scenario.prepared.windows, device),
-        tables_of(runs, device),
-        stacked_examination(runs, device),
-    )
+    runner = stacked_runs(runs)
     last = Session(runner, runs, _fingerprint(runs), folder).finish(progress)
     results, diverged = [], None
     for number, (run, algorithm) in enumerate(zip(runs, runner.algorithms, strict=True)):
@@ -226,9 +260,7 @@ def _fingerprint(runs: Sequence[Run]) -> str:
     return digest.hexdigest()
 
 
-def _step_all(
-    make: Callable[..., tuple[State, Tensors]], state: State, batch: Batch, hyper: Tensors, keys: Tensor
-) -> tuple[State, Tensors]:
+def _step_all(make: Step, state: State, batch: Batch, hyper: Tensors, keys: Tensor) -> tuple[State, Tensors]:
     """One step of every run; all arguments have the runs first."""
     assert batch.number is not None
 

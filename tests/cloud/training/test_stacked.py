@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from no_reading import NoReading
 from wearfleet_cloud.algorithms import ALGORITHMS, Algorithm
 from wearfleet_cloud.data.prepared import Prepared
 from wearfleet_cloud.data.scenarios import cross_person
 from wearfleet_cloud.training.config import TrainConfig
 from wearfleet_cloud.training.model_files import load_model
 from wearfleet_cloud.training.run import Run, plan_run
-from wearfleet_cloud.training.stacked import stack_key, train_stacked
+from wearfleet_cloud.training.stacked import stack_key, stacked_runs, train_stacked
 from wearfleet_cloud.training.trainer import model_spec_for, train
 from wearfleet_protos.errors import ConfigError, ConflictError
 
@@ -147,3 +148,43 @@ def test_what_must_be_equal_is_in_the_key_and_what_may_differ_is_not(
 def test_what_looks_at_the_target_runs_alone() -> None:
     for name, kind in ALGORITHMS.items():
         assert kind.transduce is Algorithm.transduce or kind.info.alone, name
+
+
+def test_replayed_steps_are_the_steps(small_people: Prepared, tmp_path: Path) -> None:
+    """The buffers of a recording on a CPU, where replaying is running the same work again on them."""
+    for algorithm in ("mixup", "diversify"):  # one kind of step, and three that take turns
+        runs = [
+            replace(run, config=replace(run.config, steps=40))
+            for run in _runs(small_people, tmp_path, algorithm)
+        ]
+        plain = stacked_runs(runs[:1])
+        recorded = stacked_runs(runs[:1], recorder=lambda work: work)
+        expected, before = plain.init(), recorded.init()
+        for steps in (range(9), range(9, 10), range(10, 40)):
+            expected, means = plain.make_steps(expected, steps, lambda _: None)
+            after, found = recorded.make_steps(before, steps, lambda _: None)
+            torch.testing.assert_close(tuple(after), tuple(expected), rtol=0.0, atol=0.0)
+            torch.testing.assert_close(found, means, rtol=0.0, atol=0.0)
+            before = after
+        assert len(recorded.recorded) == (1 if algorithm == "mixup" else 3)
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(
+    small_people: Prepared, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_work: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    runs = _runs(small_people, tmp_path)[:1]
+    plain, recorded = stacked_runs(runs), stacked_runs(runs, recorder=fails)
+    expected, _ = plain.make_steps(plain.init(), range(3), lambda _: None)
+    found, _ = recorded.make_steps(recorded.init(), range(3), lambda _: None)
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=0.0, atol=0.0)
+    assert "without a recording" in caplog.text
+
+
+def test_no_stacked_step_reads_a_value_back(small_people: Prepared, tmp_path: Path) -> None:
+    stack = stacked_runs(_runs(small_people, tmp_path)[:2])
+    state = stack.init()
+    with NoReading():
+        stack.make_steps(state, range(2), lambda _: None)
