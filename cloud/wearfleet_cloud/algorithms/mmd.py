@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from wearfleet_protos.errors import ConfigError
 
@@ -12,7 +11,7 @@ from wearfleet_cloud.algorithms.base import Algorithm, AlgorithmInfo, Batch, Ten
 from wearfleet_cloud.algorithms.losses import accuracy, domain_risks
 from wearfleet_cloud.algorithms.passes import features_of_domains
 from wearfleet_cloud.algorithms.penalised import Losses, Penalised
-from wearfleet_cloud.kernels.mmd import FIXED_GAMMAS, median_gammas, mmd
+from wearfleet_cloud.kernels.mmd import FIXED_GAMMAS, constants, median_gammas, mmd
 
 __all__ = ["Mmd"]
 
@@ -64,4 +63,4 @@ class Mmd(Penalised):
     def _gammas(self, features: Tensor, weight: Tensor | None) -> Tensor:
         if self.bandwidths == "median":
             return median_gammas(features, weight)
-        return torch.tensor(FIXED_GAMMAS, dtype=features.dtype, device=features.device)
+        return constants(FIXED_GAMMAS, features)

@@ -1,5 +1,6 @@
 """Maximum mean discrepancy between all pairs of domains with a sum of Gaussian kernels; the maths is in README.md."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -10,7 +11,7 @@ from wearfleet_cloud.kernels.dispatch import takes_triton
 from wearfleet_cloud.kernels.mmd.direct import mmd_direct
 from wearfleet_cloud.kernels.mmd.reference import mmd_reference
 
-__all__ = ["FIXED_GAMMAS", "median_gammas", "mmd", "mmd_direct", "mmd_reference"]
+__all__ = ["FIXED_GAMMAS", "constants", "median_gammas", "mmd", "mmd_direct", "mmd_reference"]
 
 FIXED_GAMMAS: Final = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 """Of the published code: on features of hundreds of dimensions only the first two still have a slope."""
@@ -82,4 +83,9 @@ def median_gammas(features: Tensor, weight: Tensor | None = None) -> Tensor:
         .clamp(min=1e-12)
         .nan_to_num(1.0)
     )
-    return (torch.tensor(_FACTORS, device=flat.device) / scale).to(features.dtype)
+    return (constants(_FACTORS, scale) / scale).to(features.dtype)
+
+
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers (N,) as a tensor of the dtype and device of another, without a copy that the device waits for."""
+    return torch.stack([like.new_full((), value) for value in values])
