@@ -97,7 +97,6 @@ def test_without_ray_the_error_says_what_to_install(
 
 @pytest.mark.slow
 def test_real_ray_gives_the_rows_of_one_machine(grid: Grid, places: tuple[Place, Place]) -> None:
-    pytest.importorskip("ray")
     here, there = places
     benchmark(grid, here, Execution())
     benchmark(grid, there, Execution(ray="local"))
