@@ -44,7 +44,7 @@ class Urm(Algorithm):
     unbounded features are compared with bounded noise.
 
     The convolutional backbones end in a ReLU, so that behind "tanh" and "sigmoid" half of the noise lies where no
-    feature can be, and the critic always wins; "relu" suits them.
+    feature can be, and the critic always wins; behind "relu" they can meet.
     """
 
     output: str = "tanh"
