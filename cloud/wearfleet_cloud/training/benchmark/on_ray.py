@@ -32,7 +32,7 @@ def on_ray(tasks: Sequence[Task], address: str) -> Iterator[Task]:
         ConfigError: Ray is not installed, or there is no cluster at the address.
     """
     try:
-        import ray  # type: ignore[import-not-found]  # noqa: PLC0415 - optional
+        import ray  # noqa: PLC0415 - optional
     except ModuleNotFoundError as error:
         raise ConfigError(
             "--ray needs Ray here and on every machine of the cluster: pip install 'wearfleet[cloud,ray]'; "
