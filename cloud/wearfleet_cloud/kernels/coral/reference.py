@@ -43,7 +43,12 @@ def centred(features: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Te
         matrix; degrees (D,) = total weight - 1.
     """
     if weight is None:
-        weight = features.new_ones(features.shape[:2])
+        means = features.mean(dim=1)
+        return (
+            means,
+            features - means[:, None],
+            features.new_full(features.shape[:1], features.shape[1] - 1.0),
+        )
     total = weight.sum(dim=1)
     means = (features * weight[:, :, None]).sum(dim=1) / total[:, None]
     rows = (features - means[:, None]) * weight.sqrt()[:, :, None]
