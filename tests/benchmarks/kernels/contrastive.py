@@ -76,8 +76,8 @@ def counted(towers, passes):
     return bytes_of, operations
 
 
-WEARABLE = sizes((96, 64), (192, 800), (256, 256), (512, 128))
-LARGE = sizes((4096, 512), (16_384, 128), (16_384, 256))
+WEARABLE = sizes((96, 64), (192, 800), (256, 256), (512, 1472))
+LARGE = sizes((4096, 512), (16_384, 256), (16_384, 2048))
 CASES = [
     Case(
         f"contrastive/{name}", WEARABLE, LARGE, make, ours, eager, *counted(towers, passes), "arithmetic",

@@ -8,7 +8,7 @@ from operation_cases import Case
 from wearfleet_cloud.kernels.distillation import DIVERGENCES, distillation
 
 TAU, ALPHA, BETA = 2.0, 0.5, 0.5
-WEARABLE = {f"{n}x{k}": {"windows": n, "classes": k} for n, k in ((96, 6), (128, 19), (512, 12))}
+WEARABLE = {f"{n}x{k}": {"windows": n, "classes": k} for n, k in ((96, 6), (128, 19), (256, 2), (512, 12))}
 LARGE = {f"{n}x{k}": {"windows": n, "classes": k} for n, k in ((16_384, 20), (16_384, 256), (16_384, 2048))}
 
 
