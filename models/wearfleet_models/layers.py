@@ -91,6 +91,17 @@ class BatchNorm(nn.BatchNorm1d):
         self._track(mean.detach(), unbiased, self._rate * (total > 0).to(x.dtype))
         return centred * scale[:, None] + self.bias[:, None]
 
+    def see(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Let the running statistics see the domains of a batch in turn.
+
+        Args:
+            mean: (D, C) of each domain.
+            variance: (D, C), biased.
+            count: numbers of which each was made.
+        """
+        for own, spread in zip(mean.unbind(0), variance.unbind(0), strict=True):
+            self._track(own, spread * (count / max(count - 1, 1)), self._rate)
+
     def _track(self, mean: Tensor, variance: Tensor, rate: float | Tensor) -> None:
         self.running_mean = self.running_mean + rate * (mean - self.running_mean)
         self.running_var = self.running_var + rate * (variance - self.running_var)

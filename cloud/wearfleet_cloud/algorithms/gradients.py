@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, jacrev
+from wearfleet_models.plain import runs_plainly
 
 from wearfleet_cloud.algorithms.base import State, Tensors
 from wearfleet_cloud.training.optimisers import Optimiser
@@ -81,7 +82,7 @@ def gradient(
         Gradient by name, loss, metrics, buffers after the pass.
     """
     moving, rest = _split(state.params, trained)
-    if _transformed():
+    if not runs_plainly():
         grads, (loss, (metrics, buffers)) = grad_and_value(
             lambda params: objective({**rest, **params}, state.buffers), has_aux=True
         )(moving)
@@ -107,7 +108,7 @@ def gradients(
         Gradients (M, ...) by name, losses (M,), metrics, buffers after the pass.
     """
     moving, rest = _split(state.params, trained)
-    if _transformed():
+    if not runs_plainly():
 
         def losses(params: Tensors) -> tuple[Tensor, tuple[Tensor, Tensors, Tensors]]:
             given, (metrics, buffers) = objectives({**rest, **params}, state.buffers)
@@ -142,9 +143,3 @@ def _stacked(losses: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def _detached(tensors: Tensors) -> Tensors:
     return {name: value.detach() for name, value in tensors.items()}
-
-
-def _transformed() -> bool:
-    """Whether a transformation of ``torch.func`` or a trace is going on (torch has no public name for either)."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001
-    return transformed or torch._C._len_torch_dispatch_stack() > 0  # noqa: SLF001

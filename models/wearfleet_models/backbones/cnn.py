@@ -10,12 +10,14 @@ window, where the original's small and large networks state it for windows of 20
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from wearfleet_protos.errors import ConfigError
 
 from wearfleet_models.layers import BatchNorm, Conv, MaxPool
+from wearfleet_models.normalised_pool import normalise_pool_relu
 
 __all__ = ["Cnn"]
 
@@ -74,8 +76,10 @@ class Cnn(nn.Module):
             (B, num_features).
         """
         for number in range(1, self.blocks + 1):
-            x = self.get_submodule(f"conv{number}")(x)
+            x, pool = self.get_submodule(f"conv{number}")(x), self.get_submodule(f"pool{number}")
             if self.normalise:
-                x = self.get_submodule(f"norm{number}")(x, weight)
-            x = torch.relu(self.get_submodule(f"pool{number}")(x))
+                norm = cast("BatchNorm", self.get_submodule(f"norm{number}"))
+                x = normalise_pool_relu(norm, cast("MaxPool", pool), x, weight)
+            else:
+                x = torch.relu(pool(x))
         return x.flatten(1)

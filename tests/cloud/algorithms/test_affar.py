@@ -62,14 +62,15 @@ def test_its_network_has_a_branch_for_every_source_domain_and_predicts_by_itself
     assert twin(x).shape == (12, CLASSES)
 
 
-def _final(lam: float, beta: float, name: str) -> float:
+def _final(lam: float, beta: float, name: str, steps: int = 60) -> float:
     affar = build("affar", Adam())
     state, given = affar.init(), batch(affar, windows=16)
-    for number in range(60):
+    for number in range(steps):
         state, metrics = step(affar, state, given, number, lam=lam, beta=beta, lr=0.003)
     return float(metrics[name])
 
 
 def test_each_weight_does_what_it_is_for() -> None:
     assert _final(1.0, 0.0, "domain_risk") < 0.5 * _final(0.0, 0.0, "domain_risk")
-    assert _final(0.0, 10.0, "discrepancy") < 0.5 * _final(0.0, 0.0, "discrepancy")
+    # Not longer: features that coincide up to rounding have a median distance, and a discrepancy, of rounding.
+    assert _final(0.0, 10.0, "discrepancy", 10) < 0.5 * _final(0.0, 0.0, "discrepancy", 10)
