@@ -24,24 +24,25 @@ def large_margin_closed(
 
     Source: specs/ood.md 4.3. Differs: the origin.
     """
-    p = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
-    fixed, gram = p.detach(), gram.detach().to(p.dtype)
-    top = fixed.argmax(dim=1, keepdim=True)
-    to_top, length = gram[top[:, 0]], gram.diagonal()[top]
-    rest = fixed.scatter(1, top, 0.0)
-    q = rest @ gram - to_top * rest.sum(dim=1, keepdim=True)
-    q = q - q.gather(1, top)
-    s = (rest * q).sum(dim=1, keepdim=True)
+    # classes first and windows side by side: along few classes torch uses no vector registers
+    p = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)).T.contiguous(), dim=0)
+    fixed, gram, by_label = p.detach(), gram.detach().to(p.dtype), labels.T.contiguous()
+    top = fixed.max(dim=0, keepdim=True).indices
+    to_top, length = gram.index_select(1, top[0]), gram.diagonal()[top]
+    rest = fixed.scatter(0, top, 0.0)
+    q = gram @ rest - to_top * rest.sum(dim=0, keepdim=True)
+    q = q - q.gather(0, top)
+    s = (rest * q).sum(dim=0, keepdim=True)
     # the order of the differences makes whatever belongs to the origin exactly 0
-    squares = (gram.diagonal() - 2.0 * to_top + length) - 2.0 * q + s
+    squares = (gram.diagonal()[:, None] - 2.0 * to_top + length) - 2.0 * q + s
 
     def of_label(values: Tensor) -> Tensor:
-        return values.gather(1, labels)[..., None]
+        return values.gather(0, by_label)[:, None]
 
-    own, other = of_label(fixed), fixed[:, None]
-    mixed = (gram[labels] - of_label(to_top)) - (to_top - length)[:, None] - q[:, None] - of_label(q - s)
-    square = own.square() * of_label(squares) + (fixed.square() * squares)[:, None]
-    square = square - (2.0 * own * other) * mixed
+    own, with_label = of_label(fixed), gram[:, by_label].transpose(0, 1)
+    mixed = (with_label - of_label(to_top)) - (to_top - length) - q - of_label(q - s)
+    square = own.square() * of_label(squares) + fixed.square() * squares - (2.0 * own * fixed) * mixed
     norm = (square.clamp(min=0.0).sqrt() + 1e-8).clamp(min=floor)
-    rivals = other.expand_as(mixed).scatter(2, labels[..., None], -1.0).topk(top_k, dim=2).indices
-    return combine(((of_label(p) - p[:, None]) / norm).gather(2, rivals), gamma, aggregation)
+    others = fixed.T[:, None].expand(*labels.shape, -1).scatter(2, labels[..., None], -1.0)
+    rivals = others.topk(top_k, dim=2).indices.permute(1, 2, 0)
+    return combine(((of_label(p) - p) / norm).gather(1, rivals).movedim(1, 2), gamma, aggregation).T
