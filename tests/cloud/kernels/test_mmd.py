@@ -73,6 +73,21 @@ def test_the_processor_path_is_the_reference():
     check(mmd_direct, *make(3, 17, 5), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("scale", [0.02, 0.2, 2.0])
+def test_the_processor_path_is_the_reference_where_narrow_kernels_underflow(scale):
+    check(mmd_direct, *make(4, 33, 130, scale=scale), torch.device("cpu"), torch.tensor(FIXED_GAMMAS))
+
+
+def test_the_processor_path_loses_nothing_in_float64():
+    """Sums of 36 squared windows and 7 kernels, and products of 832 terms; kernels of 100 underflow in float32."""
+    features, weight = make(3, 12, 832, dtype=torch.float64)
+    wide = [torch.tensor(FIXED_GAMMAS, dtype=torch.float64), weight.double()]
+    value, (slope,) = value_and_gradients(mmd_direct, [features], *wide)
+    expected, (exact,) = truth(mmd_reference, [features], *wide)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(slope, exact, rtol=1e-9, atol=1e-12)
+
+
 def test_a_window_is_at_no_distance_from_itself():
     """Far from the mean, rounding of a Gram matrix would leave a distance that the narrow kernels see."""
     apart = torch.tensor([[[3e3]], [[-3e3]], [[1e4]]]) + torch.tensor([0.1, 0.7, 0.3])
