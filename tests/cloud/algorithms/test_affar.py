@@ -72,5 +72,6 @@ def _final(lam: float, beta: float, name: str, steps: int = 60) -> float:
 
 def test_each_weight_does_what_it_is_for() -> None:
     assert _final(1.0, 0.0, "domain_risk") < 0.5 * _final(0.0, 0.0, "domain_risk")
-    # Not longer: features that coincide up to rounding have a median distance, and a discrepancy, of rounding.
-    assert _final(0.0, 10.0, "discrepancy", 10) < 0.5 * _final(0.0, 0.0, "discrepancy", 10)
+    # A fifth of it (0.17 to 0.21 on four batches). Not longer: after 20 steps most windows have no active feature left,
+    # the median distance is 0, and what the kernels then see is rounding.
+    assert _final(0.0, 10.0, "discrepancy", 10) < 0.3 * _final(0.0, 0.0, "discrepancy", 10)
