@@ -1,12 +1,13 @@
 """Federated learning: strategies, the compiler of their plans, the round and the average."""
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Final
+from dataclasses import fields, replace
+from typing import Any, Final
 
 from wearfleet_protos.errors import ConfigError
 
-from wearfleet_cloud.federated.base import Strategy
+from wearfleet_cloud.federated.aggregate import Averaging
+from wearfleet_cloud.federated.base import AveragingStrategy, Strategy
 from wearfleet_cloud.federated.ditto import Ditto
 from wearfleet_cloud.federated.fedadagrad import FedAdagrad
 from wearfleet_cloud.federated.fedadam import FedAdam
@@ -25,24 +26,7 @@ from wearfleet_cloud.federated.training_options import LocalTraining, parse_opti
 
 __all__ = ["STRATEGIES", "create_strategy"]
 
-_Class = type[
-    Ditto
-    | FedAdagrad
-    | FedAdam
-    | FedAvg
-    | FedAvgM
-    | FedBN
-    | FedNova
-    | FedPer
-    | FedProx
-    | FedRep
-    | FedYogi
-    | LocalOnly
-    | PerFedAvg
-    | Scaffold
-]
-
-STRATEGIES: Final[Mapping[str, _Class]] = {
+STRATEGIES: Final[Mapping[str, type[AveragingStrategy]]] = {
     "ditto": Ditto,
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
@@ -65,7 +49,7 @@ def create_strategy(name: str, options: Mapping[str, object]) -> Strategy:
 
     Args:
         name: key of ``STRATEGIES``.
-        options: those of ``LocalTraining`` and the strategy's own, for example ``mu``.
+        options: those of ``LocalTraining`` and ``Averaging``, and the strategy's own, for example ``mu``.
 
     Raises:
         ConfigError: an unknown strategy or option, or a value out of range.
@@ -73,11 +57,17 @@ def create_strategy(name: str, options: Mapping[str, object]) -> Strategy:
     chosen = STRATEGIES.get(name)
     if chosen is None:
         raise ConfigError(f"unknown strategy {name!r}; known: {', '.join(sorted(STRATEGIES))}")
-    own_names = {field.name for field in fields(chosen)}
-    own = parse_options(chosen, {k: v for k, v in options.items() if k in own_names})
-    rest = {k: v for k, v in options.items() if k not in own_names}
-    known = sorted({*own_names, *(f.name for f in fields(LocalTraining))} - {"local", "averaging"})
-    unknown = sorted(rest.keys() - set(known))
+    parts = {"local": LocalTraining, "averaging": Averaging}
+    known = {f.name for of in (chosen, *parts.values()) for f in fields(of)} - parts.keys()
+    unknown = sorted(options.keys() - known)
     if unknown:
-        raise ConfigError(f"unknown option {unknown[0]!r} of {name}; known: {', '.join(known)}")
-    return chosen(local=LocalTraining.parse(rest), **own)
+        raise ConfigError(f"unknown option {unknown[0]!r} of {name}; known: {', '.join(sorted(known))}")
+    strategy = chosen(local=LocalTraining(**_own(LocalTraining, options)), **_own(chosen, options))
+    averaging = replace(strategy.averaging, **_own(Averaging, options))
+    return replace(strategy, averaging=averaging)
+
+
+def _own(cls: type[Any], options: Mapping[str, object]) -> dict[str, Any]:
+    """Values for the fields of a dataclass."""
+    names = {field.name for field in fields(cls)}
+    return parse_options(cls, {name: value for name, value in options.items() if name in names})

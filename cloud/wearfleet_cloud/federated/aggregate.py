@@ -9,11 +9,11 @@ takes all updates as one tensor of torch, serves the rules that must see them to
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from wearfleet_protos.errors import AggregationError, ShapeError
+from wearfleet_protos.errors import AggregationError, ConfigError, ShapeError
 from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.tensors import TensorRole, TensorSpec, check_finite, check_tensors
 
@@ -23,7 +23,6 @@ __all__ = [
     "Averaging",
     "Contribution",
     "Mean",
-    "average",
     "check_update",
     "moved",
     "weighted_mean",
@@ -62,32 +61,36 @@ class Averaging:
         weighting: ``examples`` (FedAvg's own: by number of windows) or ``uniform``.
         statistics: ``moments`` pools means and variances of normalisation as moments of the mixture;
             ``naive`` averages the variances too (biased low; for parity with published numbers).
+
+    Raises:
+        ConfigError: another value.
     """
 
-    weighting: Literal["examples", "uniform"] = "examples"
-    statistics: Literal["moments", "naive"] = "moments"
+    weighting: str = "examples"
+    statistics: str = "moments"
 
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("weighting", self.weighting, ("examples", "uniform")),
+            ("statistics", self.statistics, ("moments", "naive")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} must be {' or '.join(known)}, got {value!r}")
 
-@dataclass(frozen=True, slots=True)
-class Averaged:
-    """New global tensors and who made them.
-
-    Args:
-        tensors: every tensor of the current ones, changed where updates were uploaded.
-        clients: in the order of folding.
-        num_examples: of all clients together.
-        state: what the strategy keeps on the server for its next round; empty when it keeps nothing.
-    """
-
-    tensors: dict[str, NDArray[np.generic]]
-    clients: tuple[str, ...]
-    num_examples: int
-    state: Arrays = field(default_factory=dict)
+    def combine(
+        self,
+        specs: Sequence[TensorSpec],
+        upload: UploadSpec,
+        current: Arrays,
+        contributions: Iterable[Contribution],
+    ) -> "Mean":
+        """The mean of the updates of a round: :func:`weighted_mean`."""
+        return weighted_mean(specs, upload, current, contributions, self)
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """The weighted mean of what clients sent.
+    """The mean of what clients sent.
 
     Args:
         values: float64 (counters in their own type) by name; differences where differences were sent.
@@ -98,6 +101,21 @@ class Mean:
     values: dict[str, NDArray[Any]]
     clients: tuple[str, ...]
     num_examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """New global tensors and who made them.
+
+    Args:
+        tensors: every tensor of the current ones, changed where updates were uploaded.
+        mean: of the updates.
+        state: what the strategy keeps on the server for its next round; empty when it keeps nothing.
+    """
+
+    tensors: dict[str, NDArray[np.generic]]
+    mean: Mean
+    state: Arrays = field(default_factory=dict)
 
 
 def check_update(update: Arrays, specs: Iterable[TensorSpec], *, client: str) -> None:
@@ -116,25 +134,6 @@ def check_update(update: Arrays, specs: Iterable[TensorSpec], *, client: str) ->
         check_finite(update)
     except ShapeError as error:
         raise AggregationError(f"update of client {client} refused: {error}") from error
-
-
-def average(
-    specs: Sequence[TensorSpec],
-    upload: UploadSpec,
-    current: Arrays,
-    contributions: Iterable[Contribution],
-    averaging: Averaging = Averaging(),
-) -> Averaged:
-    """Fold the updates of a round into the global tensors: :func:`weighted_mean`, then :func:`moved`.
-
-    Returns:
-        The new global tensors, in the types of the current ones.
-
-    Raises:
-        AggregationError: as :func:`weighted_mean`.
-    """
-    mean = weighted_mean(specs, upload, current, contributions, averaging)
-    return Averaged(moved(current, mean, upload), mean.clients, mean.num_examples)
 
 
 def weighted_mean(

@@ -1,13 +1,13 @@
 """What a federated strategy is: a client program above, a server fold below."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
-from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Contribution
+from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, moved
 from wearfleet_cloud.federated.training_options import LocalTraining
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from wearfleet_cloud.federated.client_program import ClientProgram
 
-__all__ = ["LEARNED_ROLES", "Strategy", "StrategyInfo"]
+__all__ = ["LEARNED_ROLES", "AveragingStrategy", "Strategy", "StrategyInfo"]
 
 LEARNED_ROLES = (
     TensorRole.SHARED,
@@ -25,6 +25,9 @@ LEARNED_ROLES = (
     TensorRole.COUNTER,
 )
 """Everything that training changes in the models of this stage."""
+
+_MEASURED: Final = ("evaluate_before", "train", "evaluate_after")
+_ADDITIONS: Final = ("secagg", "central_dp", "robust", "compression", "async", "partial_participation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,12 @@ class StrategyInfo:
 
     name: str
     paper: str
-    version: int
-    uploaded: tuple[TensorRole, ...]
-    kept_local: tuple[TensorRole, ...]
-    phases: tuple[str, ...]
-    composes_with: tuple[str, ...]
-    hyper_parameters: Mapping[str, str]
+    version: int = 1
+    uploaded: tuple[TensorRole, ...] = LEARNED_ROLES
+    kept_local: tuple[TensorRole, ...] = ()
+    phases: tuple[str, ...] = _MEASURED
+    composes_with: tuple[str, ...] = _ADDITIONS
+    hyper_parameters: Mapping[str, str] = field(default_factory=dict)
     kept_beside: tuple[str, ...] = ()
     uploaded_groups: tuple[TensorGroup, ...] = (TensorGroup.PARAM, TensorGroup.BUFFER)
 
@@ -68,6 +71,10 @@ class Strategy(Protocol):
     @property
     def local(self) -> LocalTraining:
         """Local training of a client."""
+
+    @property
+    def averaging(self) -> Averaging:
+        """How updates are combined."""
 
     def client(self, model: "Classifier") -> "ClientProgram":
         """The client's side for this model.
@@ -93,5 +100,50 @@ class Strategy(Protocol):
             contributions: any order.
 
         Raises:
-            AggregationError: see ``aggregate.weighted_mean``.
+            AggregationError: see ``Averaging.combine``.
         """
+
+    def received(self, client: str, current: Arrays, state: Arrays) -> Arrays:
+        """What a client gets at the start of a round: ``current``, unless the strategy makes a model for each client.
+
+        Args:
+            client: its name.
+            current: global tensors.
+            state: what the last aggregation left.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class AveragingStrategy:
+    """Implements :class:`Strategy`: local epochs, then the mean of what was uploaded. Others derive from it.
+
+    Args:
+        local: training of a client.
+        averaging: how updates are combined.
+    """
+
+    info: ClassVar[StrategyInfo]
+    local: LocalTraining = field(default_factory=LocalTraining)
+    averaging: Averaging = field(default_factory=Averaging)
+
+    def client(self, model: "Classifier") -> "ClientProgram":
+        """Local epochs on the cross-entropy; what ``info`` keeps local begins where the last round ended."""
+        from wearfleet_cloud.federated.client_program import local_program  # noqa: PLC0415  folding needs no torch
+
+        return local_program(model, self.local, keep_local=self.info.kept_local)
+
+    def server(
+        self,
+        specs: Sequence[TensorSpec],
+        current: Arrays,
+        state: Arrays,  # noqa: ARG002 - it keeps nothing
+        contributions: Iterable[Contribution],
+    ) -> Averaged:
+        """The mean of what the clients have; what is not uploaded stays as it was in the global model."""
+        upload = self.info.upload()
+        mean = self.averaging.combine(specs, upload, current, contributions)
+        return Averaged(moved(current, mean, upload), mean)
+
+    def received(self, client: str, current: Arrays, state: Arrays) -> Arrays:  # noqa: ARG002 - the same for all
+        """The global tensors."""
+        return current

@@ -5,15 +5,12 @@ Differs: the device trains the global model first and its own after it, from the
 normalisation of the own model are its own and are not pulled; clients send differences and count by their windows.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.tensors import TensorSpec
 
-from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, average
-from wearfleet_cloud.federated.base import LEARNED_ROLES, StrategyInfo
+from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
 from wearfleet_cloud.federated.fedprox import pull
 from wearfleet_cloud.federated.training_options import LocalTraining
 
@@ -26,7 +23,7 @@ __all__ = ["Ditto"]
 
 
 @dataclass(frozen=True, slots=True)
-class Ditto:
+class Ditto(AveragingStrategy):
     """A global and a personal track.
 
     Args:
@@ -43,11 +40,7 @@ class Ditto:
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="ditto",
         paper="Li et al. 2021, arXiv:2012.04221",
-        version=1,
-        uploaded=LEARNED_ROLES,
-        kept_local=(),
         phases=("evaluate_before", "train", "train_personal", "evaluate_after"),
-        composes_with=("secagg", "central_dp", "robust", "compression", "async", "partial_participation"),
         hyper_parameters={
             "pull": "lambda: strength of the personal model's pull towards the received one, >= 0",
             "personal_epochs": "passes over the windows for the personal model, >= 1",
@@ -58,8 +51,6 @@ class Ditto:
     pull: float = 0.1
     personal_epochs: int = 1
     personal_learning_rate: float = 0.01
-    local: LocalTraining = field(default_factory=LocalTraining)
-    averaging: Averaging = field(default_factory=Averaging)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.pull < float("inf"):
@@ -94,16 +85,6 @@ class Ditto:
             *own_slots,
         )
         return measured(model, self.local, specs, (train, own), personal=True)
-
-    def server(
-        self,
-        specs: Sequence[TensorSpec],
-        current: Arrays,
-        state: Arrays,  # noqa: ARG002 - it keeps nothing
-        contributions: Iterable[Contribution],
-    ) -> Averaged:
-        """The weighted mean of the global track."""
-        return average(specs, self.info.upload(), current, contributions, self.averaging)
 
     def _personal_training(self) -> LocalTraining:
         return replace(self.local, epochs=self.personal_epochs, learning_rate=self.personal_learning_rate)

@@ -5,16 +5,13 @@ Differs: normalisation layers are found by their declared role, not by name; a m
 refused, because it would silently be FedAvg.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.tensors import TensorRole, TensorSpec
+from wearfleet_protos.tensors import TensorRole
 
-from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, average
-from wearfleet_cloud.federated.base import StrategyInfo
-from wearfleet_cloud.federated.training_options import LocalTraining
+from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
 
 if TYPE_CHECKING:
     from wearfleet_models.classifier import Classifier
@@ -25,21 +22,15 @@ __all__ = ["FedBN"]
 
 
 @dataclass(frozen=True, slots=True)
-class FedBN:
-    """Args: local: training of a client. averaging: weights of the clients."""
+class FedBN(AveragingStrategy):
+    """FedAvg with normalisation of one's own."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="fedbn",
         paper="Li et al. 2021, arXiv:2102.07623",
-        version=1,
         uploaded=(TensorRole.SHARED, TensorRole.HEAD),
         kept_local=(TensorRole.NORM_AFFINE, TensorRole.NORM_STAT, TensorRole.COUNTER),
-        phases=("evaluate_before", "train", "evaluate_after"),
-        composes_with=("secagg", "central_dp", "robust", "compression", "async", "partial_participation"),
-        hyper_parameters={},
     )
-    local: LocalTraining = field(default_factory=LocalTraining)
-    averaging: Averaging = field(default_factory=Averaging)
 
     def client(self, model: "Classifier") -> "ClientProgram":
         """Local epochs; normalisation starts from what this device had after its last round.
@@ -56,13 +47,3 @@ class FedBN:
                 "be personal. Use FedAvg, or the cnn backbone"
             )
         return program
-
-    def server(
-        self,
-        specs: Sequence[TensorSpec],
-        current: Arrays,
-        state: Arrays,  # noqa: ARG002 - it keeps nothing
-        contributions: Iterable[Contribution],
-    ) -> Averaged:
-        """The weighted mean of all but normalisation, which stays as it was in the global model."""
-        return average(specs, self.info.upload(), current, contributions, self.averaging)

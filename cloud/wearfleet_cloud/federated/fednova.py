@@ -7,14 +7,14 @@ normalisation are pooled rather than dropped.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from wearfleet_protos.errors import AggregationError, ConfigError
 from wearfleet_protos.tensors import TensorSpec
 
-from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, average
-from wearfleet_cloud.federated.base import LEARNED_ROLES, StrategyInfo
+from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Contribution
+from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
 from wearfleet_cloud.federated.fedprox import pull
 from wearfleet_cloud.federated.training_options import LocalTraining
 
@@ -27,7 +27,7 @@ __all__ = ["FedNova", "solver_length"]
 
 
 @dataclass(frozen=True, slots=True)
-class FedNova:
+class FedNova(AveragingStrategy):
     """Normalised averaging.
 
     Args:
@@ -42,16 +42,10 @@ class FedNova:
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="fednova",
         paper="Wang et al. 2020, arXiv:2007.07481",
-        version=1,
-        uploaded=LEARNED_ROLES,
-        kept_local=(),
-        phases=("evaluate_before", "train", "evaluate_after"),
         composes_with=("secagg", "central_dp", "robust", "compression", "partial_participation"),
         hyper_parameters={"mu": "strength of the pull towards the global model, >= 0"},
     )
     mu: float = 0.0
-    local: LocalTraining = field(default_factory=LocalTraining)
-    averaging: Averaging = field(default_factory=Averaging)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.mu < float("inf") or self.mu * self.local.learning_rate >= 1.0:
@@ -78,13 +72,13 @@ class FedNova:
         self,
         specs: Sequence[TensorSpec],
         current: Arrays,
-        state: Arrays,  # noqa: ARG002 - it keeps nothing
+        state: Arrays,
         contributions: Iterable[Contribution],
     ) -> Averaged:
         """Fold with x <- x + tau_eff sum_i p_i Delta_i / a_i, tau_eff = sum_i p_i a_i; who made no step is left out.
 
         Raises:
-            AggregationError: nobody made a step, or as ``aggregate.weighted_mean``.
+            AggregationError: nobody made a step, or as ``Averaging.combine``.
         """
         moved = [c for c in contributions if c.num_steps > 0]
         if not moved:
@@ -93,7 +87,7 @@ class FedNova:
         weights = [c.num_examples if self.averaging.weighting == "examples" else 1 for c in moved]
         effective = sum(w * a for w, a in zip(weights, lengths, strict=True)) / sum(weights)
         scaled = [replace(c, scale=effective / a) for c, a in zip(moved, lengths, strict=True)]
-        return average(specs, self.info.upload(), current, scaled, self.averaging)
+        return AveragingStrategy.server(self, specs, current, state, scaled)
 
 
 def solver_length(steps: int, local: LocalTraining, mu: float) -> float:

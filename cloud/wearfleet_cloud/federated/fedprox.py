@@ -8,18 +8,15 @@ which has no gradient at 0 and is left out there. (That code also leaves it out 
 in its first round.)
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.tensors import TensorSpec
 
-from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, average
-from wearfleet_cloud.federated.base import LEARNED_ROLES, StrategyInfo
-from wearfleet_cloud.federated.training_options import LocalTraining
+from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
 
 if TYPE_CHECKING:
     from wearfleet_models.classifier import Classifier
@@ -31,14 +28,12 @@ __all__ = ["FedProx", "pull"]
 
 
 @dataclass(frozen=True, slots=True)
-class FedProx:
+class FedProx(AveragingStrategy):
     """FedAvg with a proximal term.
 
     Args:
         mu: strength of the pull, >= 0; 0 is FedAvg.
         form: ``squared`` (the paper's) or ``norm``.
-        local: training of a client.
-        averaging: weights of the clients.
 
     Raises:
         ConfigError: mu is negative or not finite, or the form is unknown.
@@ -47,11 +42,6 @@ class FedProx:
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="fedprox",
         paper="Li et al. 2020, arXiv:1812.06127",
-        version=1,
-        uploaded=LEARNED_ROLES,
-        kept_local=(),
-        phases=("evaluate_before", "train", "evaluate_after"),
-        composes_with=("secagg", "central_dp", "robust", "compression", "async", "partial_participation"),
         hyper_parameters={
             "mu": "strength of the pull towards the global model, >= 0",
             "form": "squared (the paper's term) or norm (that of PersonalizedFL's code)",
@@ -59,8 +49,6 @@ class FedProx:
     )
     mu: float = 0.01
     form: str = "squared"
-    local: LocalTraining = field(default_factory=LocalTraining)
-    averaging: Averaging = field(default_factory=Averaging)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.mu < float("inf"):
@@ -79,16 +67,6 @@ class FedProx:
             rule=_RULES[self.form],
             scalars=(("mu", self.mu),),
         )
-
-    def server(
-        self,
-        specs: Sequence[TensorSpec],
-        current: Arrays,
-        state: Arrays,  # noqa: ARG002 - it keeps nothing
-        contributions: Iterable[Contribution],
-    ) -> Averaged:
-        """As FedAvg; a client that ran out of time sends what it has."""
-        return average(specs, self.info.upload(), current, contributions, self.averaging)
 
 
 def pull(grads: "Tensors", params: "Tensors", given: "Tensors") -> "Tensors":

@@ -5,16 +5,13 @@ Differs: while the head is trained the body is in evaluation mode, so that its s
 came; clients send differences and count by their windows (the paper weighs them equally); those statistics are pooled.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.tensors import TensorRole, TensorSpec
+from wearfleet_protos.tensors import TensorRole
 
-from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, average
-from wearfleet_cloud.federated.base import StrategyInfo
-from wearfleet_cloud.federated.training_options import LocalTraining
+from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
 
 if TYPE_CHECKING:
     from wearfleet_models.classifier import Classifier
@@ -25,13 +22,11 @@ __all__ = ["FedRep"]
 
 
 @dataclass(frozen=True, slots=True)
-class FedRep:
+class FedRep(AveragingStrategy):
     """A body in common, a head of one's own, trained one after the other.
 
     Args:
         head_epochs: passes over the client's windows for the head; those of ``local`` are the body's.
-        local: training of a client.
-        averaging: weights of the clients.
 
     Raises:
         ConfigError: no epoch for the head.
@@ -40,18 +35,14 @@ class FedRep:
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="fedrep",
         paper="Collins et al. 2021, arXiv:2102.07078",
-        version=1,
         uploaded=(TensorRole.SHARED, TensorRole.NORM_AFFINE, TensorRole.NORM_STAT, TensorRole.COUNTER),
         kept_local=(TensorRole.HEAD,),
         phases=("evaluate_before", "train_head", "train_body", "evaluate_after"),
-        composes_with=("secagg", "central_dp", "robust", "compression", "async", "partial_participation"),
         hyper_parameters={
             "head_epochs": "passes over the windows for the head, before those for the body; >= 1"
         },
     )
     head_epochs: int = 5
-    local: LocalTraining = field(default_factory=LocalTraining)
-    averaging: Averaging = field(default_factory=Averaging)
 
     def __post_init__(self) -> None:
         if self.head_epochs < 1:
@@ -73,13 +64,3 @@ class FedRep:
         )
         specs = model_specs(model, self.info.kept_local)
         return measured(model, self.local, (*specs, *head_slots, *body_slots), (head, body))
-
-    def server(
-        self,
-        specs: Sequence[TensorSpec],
-        current: Arrays,
-        state: Arrays,  # noqa: ARG002 - it keeps nothing
-        contributions: Iterable[Contribution],
-    ) -> Averaged:
-        """The weighted mean of the bodies; the head stays as it was in the global model."""
-        return average(specs, self.info.upload(), current, contributions, self.averaging)

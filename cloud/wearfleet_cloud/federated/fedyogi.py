@@ -1,114 +1,30 @@
 """FedYogi: FedAdam whose second moment moves by a bounded amount a round.
 
 Source: Reddi et al. 2021, arXiv:2003.00295, algorithm 2 (FedYogi).
-Differs: clients send differences and count by their windows; the correction of the moments' start is an option (the
-paper has none); statistics of normalisation are pooled, not optimised.
+Differs: as ``fedadam``.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.tensors import TensorSpec
 
-from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution
-from wearfleet_cloud.federated.base import LEARNED_ROLES, StrategyInfo
-from wearfleet_cloud.federated.server_optimiser import AdaptiveRule, check_adaptive, optimise
-from wearfleet_cloud.federated.training_options import LocalTraining
-
-if TYPE_CHECKING:
-    from wearfleet_models.classifier import Classifier
-
-    from wearfleet_cloud.federated.client_program import ClientProgram
+from wearfleet_cloud.federated.base import StrategyInfo
+from wearfleet_cloud.federated.server_optimiser import TWO_MOMENTS, TwoMoments
 
 __all__ = ["FedYogi"]
 
 
 @dataclass(frozen=True, slots=True)
-class FedYogi:
-    """FedAvg with Yogi on the server.
-
-    Args:
-        server_learning_rate: factor of the step, above 0.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        tau: adaptivity, above 0; tune it first.
-        bias_correction: "on" or "off"; on, the rate is corrected for the start of the moments.
-        local: training of a client.
-        averaging: weights of the clients.
-
-    Raises:
-        ConfigError: a hyper-parameter is out of range.
-    """
+class FedYogi(TwoMoments):
+    """FedAvg with Yogi on the server."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
-        name="fedyogi",
-        paper="Reddi et al. 2021, arXiv:2003.00295",
-        version=1,
-        uploaded=LEARNED_ROLES,
-        kept_local=(),
-        phases=("evaluate_before", "train", "evaluate_after"),
-        composes_with=("secagg", "central_dp", "robust", "compression", "async", "partial_participation"),
-        hyper_parameters={
-            "server_learning_rate": "factor of the server's step, above 0",
-            "beta1": "decay of the server's first moment",
-            "beta2": "decay of the server's second moment",
-            "tau": "adaptivity: the larger, the nearer to FedAvgM; above 0",
-            "bias_correction": "on or off: correct the moments for their start, by the number of aggregations",
-        },
+        name="fedyogi", paper="Reddi et al. 2021, arXiv:2003.00295", hyper_parameters=TWO_MOMENTS
     )
     server_learning_rate: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.99
-    tau: float = 1e-3
-    bias_correction: str = "off"
-    local: LocalTraining = field(default_factory=LocalTraining)
-    averaging: Averaging = field(default_factory=Averaging)
 
-    def __post_init__(self) -> None:
-        check_adaptive(
-            "FedYogi",
-            beta1=self.beta1,
-            beta2=self.beta2,
-            tau=self.tau,
-            server_learning_rate=self.server_learning_rate,
-        )
-        if self.bias_correction not in ("on", "off"):
-            raise ConfigError(f"bias_correction of FedYogi must be on or off, got {self.bias_correction!r}")
-
-    def client(self, model: "Classifier") -> "ClientProgram":
-        """As FedAvg."""
-        from wearfleet_cloud.federated.client_program import local_program  # noqa: PLC0415  see FedAvg
-
-        return local_program(model, self.local)
-
-    def server(
-        self,
-        specs: Sequence[TensorSpec],
-        current: Arrays,
-        state: Arrays,
-        contributions: Iterable[Contribution],
-    ) -> Averaged:
-        """Fold with x <- x + rate m / (sqrt(v) + tau); see ``AdaptiveRule``."""
-        return optimise(
-            specs,
-            self.info.upload(),
-            current,
-            state,
-            contributions,
-            averaging=self.averaging,
-            rule=AdaptiveRule(
-                self.server_learning_rate,
-                self.beta1,
-                self.tau,
-                self._second,
-                self.beta2 if self.bias_correction == "on" else None,
-            ),
-        )
-
-    def _second(self, v: NDArray[Any], square: NDArray[Any]) -> NDArray[Any]:
-        """Next v <- v - (1 - beta2) d^2 sign(v - d^2)."""
+    def second(self, v: NDArray[Any], square: NDArray[Any]) -> NDArray[Any]:
+        """Next v: v - (1 - beta2) d^2 sign(v - d^2)."""
         return np.asarray(v - (1.0 - self.beta2) * square * np.sign(v - square))

@@ -6,15 +6,12 @@ from the outer gradient alone; the outer step may be any local optimiser; client
 windows (the paper weighs them equally).
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.tensors import TensorSpec
 
-from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, average
-from wearfleet_cloud.federated.base import LEARNED_ROLES, StrategyInfo
+from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
 from wearfleet_cloud.federated.server_optimiser import check_positive
 from wearfleet_cloud.federated.training_options import LocalTraining
 
@@ -31,7 +28,7 @@ _PARTS: Final = {"first_order": 2, "hessian_free": 3}
 
 
 @dataclass(frozen=True, slots=True)
-class PerFedAvg:
+class PerFedAvg(AveragingStrategy):
     """Federated model-agnostic meta-learning.
 
     Args:
@@ -49,11 +46,7 @@ class PerFedAvg:
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="perfedavg",
         paper="Fallah et al. 2020, arXiv:2002.07948",
-        version=1,
-        uploaded=LEARNED_ROLES,
-        kept_local=(),
         phases=("evaluate_before", "train", "adapt", "evaluate_after"),
-        composes_with=("secagg", "central_dp", "robust", "compression", "async", "partial_participation"),
         hyper_parameters={
             "form": "first_order (two gradients a step) or hessian_free (four)",
             "alpha": "rate of the inner step and of the steps that make the model personal, above 0",
@@ -65,8 +58,6 @@ class PerFedAvg:
     alpha: float = 0.01
     delta: float = 1e-3
     adapt_steps: int = 1
-    local: LocalTraining = field(default_factory=LocalTraining)
-    averaging: Averaging = field(default_factory=Averaging)
 
     def __post_init__(self) -> None:
         check_positive("Per-FedAvg", alpha=self.alpha, delta=self.delta)
@@ -101,16 +92,6 @@ class PerFedAvg:
         tensors = (*model_specs(model), *slots, *personal_specs(model, "copy"), *adapt_slots)
         train = ClientPhase("train", step, loop, (*rates, *distance))
         return measured(model, self.local, tensors, (train, adapt), personal=True)
-
-    def server(
-        self,
-        specs: Sequence[TensorSpec],
-        current: Arrays,
-        state: Arrays,  # noqa: ARG002 - it keeps nothing
-        contributions: Iterable[Contribution],
-    ) -> Averaged:
-        """The weighted mean of what the clients have."""
-        return average(specs, self.info.upload(), current, contributions, self.averaging)
 
     def _adaptation(self) -> LocalTraining:
         """Plain gradient steps, as many passes as they need."""

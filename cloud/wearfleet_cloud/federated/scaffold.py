@@ -22,9 +22,8 @@ from wearfleet_cloud.federated.aggregate import (
     Averaging,
     Contribution,
     moved,
-    weighted_mean,
 )
-from wearfleet_cloud.federated.base import LEARNED_ROLES, StrategyInfo
+from wearfleet_cloud.federated.base import LEARNED_ROLES, AveragingStrategy, StrategyInfo
 from wearfleet_cloud.federated.server_optimiser import check_positive
 from wearfleet_cloud.federated.training_options import LocalTraining
 
@@ -47,7 +46,7 @@ _POPULATION: Final = "population"
 
 
 @dataclass(frozen=True, slots=True)
-class Scaffold:
+class Scaffold(AveragingStrategy):
     """Stochastic controlled averaging.
 
     Args:
@@ -63,9 +62,7 @@ class Scaffold:
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="scaffold",
         paper="Karimireddy et al. 2020, arXiv:1910.06378",
-        version=1,
         uploaded=(*LEARNED_ROLES, TensorRole.AUX),
-        kept_local=(),
         phases=("evaluate_before", "train", "update_control", "evaluate_after"),
         composes_with=("secagg", "central_dp", "compression", "partial_participation"),
         hyper_parameters={
@@ -120,10 +117,10 @@ class Scaffold:
         The global tensors hold c; the state holds N.
 
         Raises:
-            AggregationError: as ``aggregate.weighted_mean``, or more clients than the operator said.
+            AggregationError: as ``Averaging.combine``, or more clients than the operator said.
         """
         upload = self.info.upload()
-        mean = weighted_mean(specs, upload, current, contributions, self.averaging)
+        mean = self.averaging.combine(specs, upload, current, contributions)
         before, population = self._population(state, len(mean.clients))
         tensors = moved(current, mean, upload)
         share, kept = len(mean.clients) / population, before / population
@@ -132,9 +129,7 @@ class Scaffold:
                 name, control = spec.copy_of, _CONTROL + spec.copy_of
                 tensors[name] = _moved(current[name], 1.0, self.server_learning_rate * mean.values[name])
                 tensors[control] = _moved(current[control], kept, share * mean.values[_CHANGE + name])
-        return Averaged(
-            tensors, mean.clients, mean.num_examples, {_POPULATION: np.asarray(population, np.int64)}
-        )
+        return Averaged(tensors, mean, {_POPULATION: np.asarray(population, np.int64)})
 
     def _population(self, state: Arrays, clients: int) -> tuple[int, int]:
         """N of the aggregation before and of this one."""

@@ -7,6 +7,7 @@ Source: Reddi et al. 2021, arXiv:2003.00295, algorithms 1 and 2; specs/federated
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -14,24 +15,34 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.tensors import TensorRole, TensorSpec
 
-from wearfleet_cloud.federated.aggregate import (
-    Arrays,
-    Averaged,
-    Averaging,
-    Contribution,
-    moved,
-    weighted_mean,
-)
+from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Contribution, moved
+from wearfleet_cloud.federated.base import AveragingStrategy
 
-__all__ = ["AdaptiveRule", "ServerRule", "check_adaptive", "check_positive", "optimise"]
+__all__ = [
+    "TWO_MOMENTS",
+    "AdaptiveRule",
+    "ServerOptimised",
+    "ServerRule",
+    "TwoMoments",
+    "check_adaptive",
+    "check_positive",
+]
 
 Array = NDArray[Any]
 
 _OPTIMISED: Final = (TensorRole.SHARED, TensorRole.NORM_AFFINE, TensorRole.HEAD)
 _COUNT: Final = "aggregations"
+
+TWO_MOMENTS: Final[Mapping[str, str]] = {
+    "server_learning_rate": "factor of the server's step, above 0",
+    "beta1": "decay of the server's first moment",
+    "beta2": "decay of the server's second moment",
+    "tau": "adaptivity: the larger, the nearer to FedAvgM; above 0",
+    "bias_correction": "on or off: correct the moments for their start, by the number of aggregations",
+}
+"""Hyper-parameters of ``TwoMoments``, in words."""
 
 
 class ServerRule(Protocol):
@@ -50,45 +61,85 @@ class ServerRule(Protocol):
         """
 
 
-def optimise(
-    specs: Sequence[TensorSpec],
-    upload: UploadSpec,
-    current: Arrays,
-    state: Arrays,
-    contributions: Iterable[Contribution],
-    *,
-    averaging: Averaging,
-    rule: ServerRule,
-) -> Averaged:
-    """Fold with x <- x + the rule's step on the weighted mean of the clients' differences.
+@dataclass(frozen=True, slots=True)
+class ServerOptimised(AveragingStrategy, ABC):
+    """FedAvg whose mean difference is a server optimiser's gradient.
+
+    Its state: the moments (float64, ``<moment>/<tensor>``) and the number of aggregations.
+    """
+
+    @abstractmethod
+    def rule(self) -> ServerRule:
+        """The optimiser."""
+
+    def server(
+        self,
+        specs: Sequence[TensorSpec],
+        current: Arrays,
+        state: Arrays,
+        contributions: Iterable[Contribution],
+    ) -> Averaged:
+        """Fold with x <- x + the rule's step on the mean of the clients' differences."""
+        upload, rule = self.info.upload(), self.rule()
+        mean = self.averaging.combine(specs, upload, current, contributions)
+        tensors = moved(current, mean, upload)
+        count = int(state.get(_COUNT, np.int64(0))) + 1
+        after: dict[str, NDArray[np.generic]] = {_COUNT: np.asarray(count, np.int64)}
+        for spec in specs:
+            if spec.name not in mean.values or spec.role not in _OPTIMISED:
+                continue
+            before = {
+                moment: state.get(f"{moment}/{spec.name}", np.full(spec.shape, first, np.float64))
+                for moment, first in rule.start().items()
+            }
+            step, moments = rule.step(mean.values[spec.name], before, count)
+            tensors[spec.name] = np.asarray(current[spec.name] + step).astype(current[spec.name].dtype)
+            after |= {f"{moment}/{spec.name}": value for moment, value in moments.items()}
+        return Averaged(tensors, mean, after)
+
+
+@dataclass(frozen=True, slots=True)
+class TwoMoments(ServerOptimised):
+    """What FedAdam and FedYogi share: two decaying moments.
 
     Args:
-        specs: the plan's tensors in their order.
-        upload: of differences.
-        current: global tensors that the clients started from.
-        state: moments (float64, ``<moment>/<tensor>``) and the number of aggregations; empty before the first one.
-        contributions: any order.
-        averaging: weights.
-        rule: the optimiser.
+        server_learning_rate: factor of the step, above 0.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        tau: adaptivity, above 0; tune it first.
+        bias_correction: "on" or "off"; on, the rate is corrected for the start of the moments.
 
     Raises:
-        AggregationError: as ``aggregate.weighted_mean``.
+        ConfigError: a hyper-parameter is out of range.
     """
-    mean = weighted_mean(specs, upload, current, contributions, averaging)
-    tensors = moved(current, mean, upload)
-    count = int(state.get(_COUNT, np.int64(0))) + 1
-    after: dict[str, NDArray[np.generic]] = {_COUNT: np.asarray(count, np.int64)}
-    for spec in specs:
-        if spec.name not in mean.values or spec.role not in _OPTIMISED:
-            continue
-        before = {
-            moment: state.get(f"{moment}/{spec.name}", np.full(spec.shape, first, np.float64))
-            for moment, first in rule.start().items()
-        }
-        step, moments = rule.step(mean.values[spec.name], before, count)
-        tensors[spec.name] = np.asarray(current[spec.name] + step).astype(current[spec.name].dtype)
-        after |= {f"{moment}/{spec.name}": value for moment, value in moments.items()}
-    return Averaged(tensors, mean.clients, mean.num_examples, after)
+
+    server_learning_rate: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+    bias_correction: str = "off"
+
+    def __post_init__(self) -> None:
+        check_adaptive(
+            self.info.name,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            tau=self.tau,
+            server_learning_rate=self.server_learning_rate,
+        )
+        if self.bias_correction not in ("on", "off"):
+            raise ConfigError(
+                f"bias_correction of {self.info.name} must be on or off, got {self.bias_correction!r}"
+            )
+
+    def rule(self) -> ServerRule:
+        """The step rate m / (sqrt(v) + tau); see ``AdaptiveRule``."""
+        corrected = self.beta2 if self.bias_correction == "on" else None
+        return AdaptiveRule(self.server_learning_rate, self.beta1, self.tau, self.second, corrected)
+
+    @abstractmethod
+    def second(self, v: Array, square: Array) -> Array:
+        """The next second moment, from the present one and the squared mean difference."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,8 @@ def simulate(
     by_name = {client.name: client for client in population.clients}
     for number in range(1, simulation.rounds + 1):
         names = select_cohort(by_name.keys(), simulation.cohort, seed=simulation.seed, round_number=number)
-        results = runner.run(number, tensors, [by_name[name] for name in names], kept)
+        received = [strategy.received(name, tensors, state) for name in names]
+        results = runner.run(number, [by_name[name] for name in names], received, kept)
         folded = strategy.server(runner.specs, tensors, state, [_contribution(r) for r in results])
         try:
             check_finite(folded.tensors)
@@ -150,13 +151,15 @@ def simulate(
         kept |= {r.client: r.kept for r in results if r.kept}
         progress("rounds", number, simulation.rounds)
     last = simulation.rounds + 1
+    received = [strategy.received(client.name, tensors, state) for client in population.clients]
     modes = {
-        "personal@clients": _mode([_counts(r) for r in runner.run(last, tensors, population.clients, kept)])
+        "personal@clients": _mode([_counts(r) for r in runner.run(last, population.clients, received, kept)])
     }
     modes |= _common_modes(model, tensors, population)
     if simulation.finetune_epochs:
         tuned = FedAvg(replace(strategy.local, epochs=simulation.finetune_epochs, max_steps=0))
-        results = runner_of(tuned).run(last, tensors, population.clients, {})
+        everyone = population.clients
+        results = runner_of(tuned).run(last, everyone, [tensors] * len(everyone), {})
         modes[f"finetuned({simulation.finetune_epochs})"] = _mode([_counts(r) for r in results])
     return Outcome(tuple(figures), modes, tensors, state)
 

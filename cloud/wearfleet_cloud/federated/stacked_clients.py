@@ -57,11 +57,11 @@ class Runner(Protocol):
     def run(
         self,
         round_number: int,
-        tensors: Arrays,
         clients: Sequence[SimulatedClient],
+        received: Sequence[Arrays],
         kept: Mapping[str, Arrays],
     ) -> list[ClientRound]:
-        """One round, from the global tensors and what each client kept of its last one."""
+        """One round, from what each client received and what it kept of its last one, by its name."""
 
 
 def downloaded_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -93,25 +93,25 @@ class StackedClients:
     def run(
         self,
         round_number: int,
-        tensors: Arrays,
         clients: Sequence[SimulatedClient],
+        received: Sequence[Arrays],
         kept: Mapping[str, Arrays],
     ) -> list[ClientRound]:
         """As ``Runner.run``."""
         results = []
         for begin in range(0, len(clients), self._at_once):
-            chunk = clients[begin : begin + self._at_once]
-            results += self._run_stack(round_number, tensors, chunk, kept)
+            chunk = slice(begin, begin + self._at_once)
+            results += self._run_stack(round_number, clients[chunk], received[chunk], kept)
         return results
 
     def _run_stack(
         self,
         round_number: int,
-        tensors: Arrays,
         clients: Sequence[SimulatedClient],
+        received: Sequence[Arrays],
         kept: Mapping[str, Arrays],
     ) -> list[ClientRound]:
-        state = self._start(tensors, [kept.get(client.name, {}) for client in clients])
+        state = self._start(received, [kept.get(client.name, {}) for client in clients])
         start = {name: state[name].clone() for name in self._sent}
         sums: list[dict[str, float]] = [{} for _ in clients]
         steps = np.zeros(len(clients), np.int64)
@@ -135,7 +135,7 @@ class StackedClients:
             for row, client in enumerate(clients)
         ]
 
-    def _start(self, tensors: Arrays, kept: Sequence[Arrays]) -> Tensors:
+    def _start(self, received: Sequence[Arrays], kept: Sequence[Arrays]) -> Tensors:
         """First values, (clients, ...) each."""
         state: Tensors = {}
         for spec in self.specs:
@@ -146,13 +146,19 @@ class StackedClients:
                 zeros = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
                 common = zeros.expand(len(kept), *spec.shape).clone()
             else:
-                value = torch.from_numpy(np.array(tensors[spec.name])).to(self._device)
-                common = value.expand(len(kept), *spec.shape).clone()
+                common = self._stacked([tensors[spec.name] for tensors in received])
             for row, array in enumerate(own):
                 if array is not None:
                     common[row] = torch.from_numpy(np.array(array)).to(self._device)
             state[spec.name] = common
         return state
+
+    def _stacked(self, arrays: Sequence[NDArray[np.generic]]) -> Tensor:
+        """(clients, ...); clients that share an array share its transfer."""
+        if all(array is arrays[0] for array in arrays):
+            value = torch.from_numpy(np.array(arrays[0])).to(self._device)
+            return value.expand(len(arrays), *value.shape).clone()
+        return torch.from_numpy(np.stack(arrays)).to(self._device)
 
     def _phase(
         self, phase: ClientPhase, state: Tensors, windows: Sequence[LabelledWindows], place: tuple[int, int]

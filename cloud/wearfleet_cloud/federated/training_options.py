@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.plan import Loop
@@ -73,15 +73,6 @@ class LocalTraining:
     def holdout_loop(self) -> Loop:
         """One pass in order over the later part."""
         return Loop("holdout", self.batch_size, 1, 0, shuffle=False)
-
-    @classmethod
-    def parse(cls, options: Mapping[str, object]) -> Self:
-        """From names and values, as a command line or a settings file gives them.
-
-        Raises:
-            ConfigError: an unknown name, or a value of the wrong kind or out of range.
-        """
-        return cls(**parse_options(cls, options))
 
 
 def parse_options(cls: Any, options: Mapping[str, object]) -> dict[str, Any]:

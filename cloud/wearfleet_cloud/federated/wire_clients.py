@@ -66,15 +66,18 @@ class WireClients:
     def run(
         self,
         round_number: int,
-        tensors: Arrays,
         clients: Sequence[SimulatedClient],
+        received: Sequence[Arrays],
         kept: Mapping[str, Arrays],
     ) -> list[ClientRound]:
         """As ``Runner.run``, one client after the other."""
-        down = encode_tensors({spec.name: tensors[spec.name] for spec in self._plan.download_specs()})
-        return [self._one(round_number, down, client, kept.get(client.name, {})) for client in clients]
+        return [
+            self._one(round_number, client, tensors, kept.get(client.name, {}))
+            for client, tensors in zip(clients, received, strict=True)
+        ]
 
-    def _one(self, round_number: int, down: bytes, client: SimulatedClient, kept: Arrays) -> ClientRound:
+    def _one(self, round_number: int, client: SimulatedClient, tensors: Arrays, kept: Arrays) -> ClientRound:
+        down = encode_tensors({spec.name: tensors[spec.name] for spec in self._plan.download_specs()})
         stored = encode_tensors(kept) if kept else b""
         made = self._engine(self._plan, self._graphs, down, stored, client, round_number=round_number)
         update = decode_tensors(made.update)

@@ -2,13 +2,19 @@
 
 import itertools
 import tracemalloc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wearfleet_cloud.federated.aggregate import Arrays, Averaging, Contribution, average
+from wearfleet_cloud.federated.aggregate import (
+    Arrays,
+    Averaged,
+    Averaging,
+    Contribution,
+    moved,
+)
 from wearfleet_protos.errors import AggregationError
 from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
@@ -24,6 +30,7 @@ SPECS = (
 )
 VALUE = UploadSpec(ROLES, GROUPS, "value", "float32")
 DELTA = UploadSpec(ROLES, GROUPS, "delta", "float32")
+PLAIN = Averaging()
 
 
 def tensors(w: list[float], m: list[float], v: list[float], n: int) -> Arrays:
@@ -40,6 +47,18 @@ CURRENT = {**tensors([1, 1, 1], [0, 0], [1, 1], 5), "f": np.asarray([3, 4], np.f
 
 def from_client(client: str, num_examples: int, update: Arrays) -> Contribution:
     return Contribution(client, num_examples, lambda: update)
+
+
+def average(
+    specs: tuple[TensorSpec, ...],
+    upload: UploadSpec,
+    current: Arrays,
+    updates: Iterable[Contribution],
+    averaging: Averaging = PLAIN,
+) -> Averaged:
+    """What FedAvg's server does."""
+    mean = averaging.combine(specs, upload, current, updates)
+    return Averaged(moved(current, mean, upload), mean)
 
 
 def random_updates(count: int, seed: int) -> list[Contribution]:
@@ -71,7 +90,7 @@ def test_three_clients_by_hand() -> None:
     np.testing.assert_allclose(result.tensors["v"], [1, 1 + 0.5 * 1.5**2 + 0.5 * 1.5**2])
     assert result.tensors["n"] == 9
     np.testing.assert_array_equal(result.tensors["f"], CURRENT["f"])
-    assert (result.clients, result.num_examples) == (("a", "b", "c"), 4)
+    assert (result.mean.clients, result.mean.num_examples) == (("a", "b", "c"), 4)
 
 
 def test_differences_are_added_to_the_current_tensors() -> None:

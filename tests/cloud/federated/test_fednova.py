@@ -62,7 +62,7 @@ def test_a_fold_is_that_of_the_oracle(solver: str) -> None:
     ]
     expected = aggregate(x, clients, 0.05, options.get("momentum", 0.0), options.get("mu", 0.0))
     np.testing.assert_allclose(folded.tensors["w"], expected, rtol=2**-22)  # one rounding to float32
-    assert folded.clients == ("c0", "c1", "c3")
+    assert folded.mean.clients == ("c0", "c1", "c3")
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
