@@ -1,0 +1,31 @@
+"""Codecs of updates: from tensors to few bytes on the device, and back in the service; NumPy alone.
+
+What a codec loses is either right in the mean (int8) or kept on the device and added to the next update
+(``Residual``). Specification: specs/federated.md section 19.
+"""
+
+from wearfleet_protos.codecs.declaration import FLOAT32, PARAMETERS, UpdateCodec
+from wearfleet_protos.codecs.family import Turn
+from wearfleet_protos.codecs.residual import Residual
+from wearfleet_protos.codecs.update import (
+    FEEDBACK,
+    Encoded,
+    decode_update,
+    encode_update,
+    is_coded,
+    most_update_bytes,
+)
+
+__all__ = [
+    "FEEDBACK",
+    "FLOAT32",
+    "PARAMETERS",
+    "Encoded",
+    "Residual",
+    "Turn",
+    "UpdateCodec",
+    "decode_update",
+    "encode_update",
+    "is_coded",
+    "most_update_bytes",
+]
