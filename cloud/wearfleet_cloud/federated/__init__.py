@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from wearfleet_protos.errors import ConfigError
 
-from wearfleet_cloud.federated.aggregate import Averaging
 from wearfleet_cloud.federated.base import AveragingStrategy, Strategy
+from wearfleet_cloud.federated.composition import check_composition
 from wearfleet_cloud.federated.ditto import Ditto
 from wearfleet_cloud.federated.fedadagrad import FedAdagrad
 from wearfleet_cloud.federated.fedadam import FedAdam
@@ -22,7 +22,7 @@ from wearfleet_cloud.federated.fedyogi import FedYogi
 from wearfleet_cloud.federated.local_only import LocalOnly
 from wearfleet_cloud.federated.perfedavg import PerFedAvg
 from wearfleet_cloud.federated.scaffold import Scaffold
-from wearfleet_cloud.federated.training_options import LocalTraining, parse_options
+from wearfleet_cloud.federated.training_options import parse_options
 
 __all__ = ["STRATEGIES", "create_strategy"]
 
@@ -49,22 +49,24 @@ def create_strategy(name: str, options: Mapping[str, object]) -> Strategy:
 
     Args:
         name: key of ``STRATEGIES``.
-        options: those of ``LocalTraining`` and ``Averaging``, and the strategy's own, for example ``mu``.
+        options: the strategy's own, for example ``mu``, and those of its parts (fields of ``AveragingStrategy``).
 
     Raises:
-        ConfigError: an unknown strategy or option, or a value out of range.
+        ConfigError: an unknown strategy or option, a value out of range, or parts that do not belong together.
     """
     chosen = STRATEGIES.get(name)
     if chosen is None:
         raise ConfigError(f"unknown strategy {name!r}; known: {', '.join(sorted(STRATEGIES))}")
-    parts = {"local": LocalTraining, "averaging": Averaging}
+    plain = chosen()
+    parts = {part.name: getattr(plain, part.name) for part in fields(AveragingStrategy)}
     known = {f.name for of in (chosen, *parts.values()) for f in fields(of)} - parts.keys()
     unknown = sorted(options.keys() - known)
     if unknown:
         raise ConfigError(f"unknown option {unknown[0]!r} of {name}; known: {', '.join(sorted(known))}")
-    strategy = chosen(local=LocalTraining(**_own(LocalTraining, options)), **_own(chosen, options))
-    averaging = replace(strategy.averaging, **_own(Averaging, options))
-    return replace(strategy, averaging=averaging)
+    made = {part: replace(value, **_own(type(value), options)) for part, value in parts.items()}
+    strategy = chosen(**made, **_own(chosen, options))
+    check_composition(strategy)
+    return strategy
 
 
 def _own(cls: type[Any], options: Mapping[str, object]) -> dict[str, Any]:

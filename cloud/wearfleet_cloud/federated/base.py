@@ -1,13 +1,14 @@
 """What a federated strategy is: a client program above, a server fold below."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, Self
 
 from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, moved
+from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.training_options import LocalTraining
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from wearfleet_cloud.federated.client_program import ClientProgram
 
-__all__ = ["LEARNED_ROLES", "AveragingStrategy", "Strategy", "StrategyInfo"]
+__all__ = ["ADDITIONS", "LEARNED_ROLES", "AveragingStrategy", "Strategy", "StrategyInfo"]
 
 LEARNED_ROLES = (
     TensorRole.SHARED,
@@ -27,7 +28,18 @@ LEARNED_ROLES = (
 """Everything that training changes in the models of this stage."""
 
 _MEASURED: Final = ("evaluate_before", "train", "evaluate_after")
-_ADDITIONS: Final = ("secagg", "central_dp", "robust", "compression", "async", "partial_participation")
+
+ADDITIONS: Final = (
+    "secagg",
+    "central_dp",
+    "local_dp",
+    "record_dp",
+    "robust",
+    "compression",
+    "async",
+    "partial_participation",
+)
+"""What a strategy can be combined with; specs/federated.md section 21."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +65,7 @@ class StrategyInfo:
     uploaded: tuple[TensorRole, ...] = LEARNED_ROLES
     kept_local: tuple[TensorRole, ...] = ()
     phases: tuple[str, ...] = _MEASURED
-    composes_with: tuple[str, ...] = _ADDITIONS
+    composes_with: tuple[str, ...] = ADDITIONS
     hyper_parameters: Mapping[str, str] = field(default_factory=dict)
     kept_beside: tuple[str, ...] = ()
     uploaded_groups: tuple[TensorGroup, ...] = (TensorGroup.PARAM, TensorGroup.BUFFER)
@@ -75,6 +87,13 @@ class Strategy(Protocol):
     @property
     def averaging(self) -> Averaging:
         """How updates are combined."""
+
+    @property
+    def privacy(self) -> PrivacyOptions:
+        """What is clipped and noised; ``privacy.central.fold`` applies it around :meth:`server`."""
+
+    def averaged_by(self, averaging: Averaging) -> Self:
+        """The same strategy with another rule for combining updates."""
 
     def client(self, model: "Classifier") -> "ClientProgram":
         """The client's side for this model.
@@ -117,14 +136,23 @@ class Strategy(Protocol):
 class AveragingStrategy:
     """Implements :class:`Strategy`: local epochs, then the mean of what was uploaded. Others derive from it.
 
+    Its fields are the parts whose options every strategy has. A part that is an addition says so in its property
+    ``addition`` (``composition.Addition``).
+
     Args:
         local: training of a client.
         averaging: how updates are combined.
+        privacy: what is clipped and noised.
     """
 
     info: ClassVar[StrategyInfo]
     local: LocalTraining = field(default_factory=LocalTraining)
     averaging: Averaging = field(default_factory=Averaging)
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
+
+    def averaged_by(self, averaging: Averaging) -> Self:
+        """As ``Strategy.averaged_by``."""
+        return replace(self, averaging=averaging)
 
     def client(self, model: "Classifier") -> "ClientProgram":
         """Local epochs on the cross-entropy; what ``info`` keeps local begins where the last round ended."""

@@ -14,7 +14,7 @@ from wearfleet_protos.errors import AggregationError, ConfigError
 from wearfleet_protos.tensors import TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Contribution
-from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
+from wearfleet_cloud.federated.base import ADDITIONS, AveragingStrategy, StrategyInfo
 from wearfleet_cloud.federated.fedprox import pull
 from wearfleet_cloud.federated.training_options import LocalTraining
 
@@ -42,7 +42,7 @@ class FedNova(AveragingStrategy):
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="fednova",
         paper="Wang et al. 2020, arXiv:2007.07481",
-        composes_with=("secagg", "central_dp", "robust", "compression", "partial_participation"),
+        composes_with=tuple(a for a in ADDITIONS if a != "async"),
         hyper_parameters={"mu": "strength of the pull towards the global model, >= 0"},
     )
     mu: float = 0.0

@@ -23,7 +23,7 @@ from wearfleet_cloud.federated.aggregate import (
     Contribution,
     moved,
 )
-from wearfleet_cloud.federated.base import LEARNED_ROLES, AveragingStrategy, StrategyInfo
+from wearfleet_cloud.federated.base import ADDITIONS, LEARNED_ROLES, AveragingStrategy, StrategyInfo
 from wearfleet_cloud.federated.server_optimiser import check_positive
 from wearfleet_cloud.federated.training_options import LocalTraining
 
@@ -64,7 +64,7 @@ class Scaffold(AveragingStrategy):
         paper="Karimireddy et al. 2020, arXiv:1910.06378",
         uploaded=(*LEARNED_ROLES, TensorRole.AUX),
         phases=("evaluate_before", "train", "update_control", "evaluate_after"),
-        composes_with=("secagg", "central_dp", "compression", "partial_participation"),
+        composes_with=tuple(a for a in ADDITIONS if a not in ("robust", "async")),
         hyper_parameters={
             "server_learning_rate": "factor of the mean difference, above 0",
             "clients": "all clients of the run; 0 for as many as the first aggregation has",

@@ -1,0 +1,103 @@
+"""Which additions a strategy may be combined with: checked when a job is made, never at run time.
+
+An addition is switched on by a part of the strategy (``AveragingStrategy``'s fields beside its own hyper-parameters).
+Refused are what the strategy itself does not compose with, and pairs of additions that undo each other.
+
+Source: specs/federated.md section 21, and what sections 16 to 20 say about pairs.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from itertools import combinations
+from typing import Final, Protocol, runtime_checkable
+
+from wearfleet_protos.errors import ConfigError
+
+from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
+
+__all__ = ["UNSOUND_PAIRS", "Addition", "additions_of", "check_additions", "check_composition"]
+
+
+@runtime_checkable
+class Addition(Protocol):
+    """A part of a strategy that can be switched on."""
+
+    @property
+    def addition(self) -> str:
+        """Empty when off, else a name of ``base.ADDITIONS``."""
+
+
+UNSOUND_PAIRS: Final[Mapping[frozenset[str], str]] = {
+    frozenset({"secagg", "robust"}): (
+        "under secure aggregation the server sees only a sum, so no rule can compare updates; use rule=mean and let "
+        "the clients clip what they send, or leave secure aggregation off"
+    ),
+    frozenset({"secagg", "async"}): (
+        "masks cancel only among clients that are present together, and a buffer mixes clients that started at "
+        "different times; run rounds, or leave secure aggregation off"
+    ),
+    frozenset({"secagg", "compression"}): (
+        "masked words must be summed coordinate by coordinate, and a codec encodes every client's differently; secure "
+        "aggregation quantises by itself, so leave the codec at float32"
+    ),
+    frozenset({"central_dp", "robust"}): (
+        "the noise is calibrated for a mean of clipped updates, and one client can move what a robust rule selects by "
+        "more than that; clipping already bounds every client, so use rule=mean, or local or record-level privacy"
+    ),
+    frozenset({"central_dp", "async"}): (
+        "the accountant counts one participation of a client a round, and a buffer may hold a fast client again and "
+        "again; run rounds, or use local privacy"
+    ),
+}
+"""Pairs of additions that must not meet, whatever the strategy: why, and what to do instead."""
+
+_UNSOUND_WITH: Final[Mapping[tuple[str, str], str]] = {
+    ("scaffold", "robust"): (
+        "a rule that leaves an update out breaks the sum of the control variates; use fedavg or fednova"
+    ),
+    ("scaffold", "async"): "a control variate belongs to the model its client started from; use fedavg",
+    ("fednova", "async"): "updates are normalised by the steps of all clients of a round; use fedavg",
+    **{
+        ("local", addition): "nothing is uploaded, so there is nothing to do it to; leave it off"
+        for addition in ("secagg", "central_dp", "local_dp", "robust", "compression")
+    },
+}
+
+
+def check_composition(strategy: AveragingStrategy) -> None:
+    """Refuse a strategy whose switched-on parts do not belong together.
+
+    Raises:
+        ConfigError: see :func:`check_additions`.
+    """
+    check_additions(strategy.info, additions_of(strategy))
+
+
+def additions_of(strategy: AveragingStrategy) -> tuple[str, ...]:
+    """Names of the additions that are switched on, in the order of the parts."""
+    parts = (getattr(strategy, part.name) for part in fields(AveragingStrategy))
+    return tuple(part.addition for part in parts if isinstance(part, Addition) and part.addition)
+
+
+def check_additions(info: StrategyInfo, additions: Iterable[str]) -> None:
+    """Refuse additions that do not belong together.
+
+    Args:
+        info: of the strategy.
+        additions: names of ``base.ADDITIONS``.
+
+    Raises:
+        ConfigError: the strategy does not compose with one of them, or two of them undo each other; with the reason
+            and what to do instead.
+    """
+    chosen = tuple(additions)
+    for addition in chosen:
+        if addition not in info.composes_with:
+            reason = _UNSOUND_WITH.get(
+                (info.name, addition),
+                f"it composes with {', '.join(info.composes_with)}; `wearfleet-cloud strategies` lists the others",
+            )
+            raise ConfigError(f"{info.name} cannot be combined with {addition}: {reason}")
+    for one, other in combinations(chosen, 2):
+        if (why := UNSOUND_PAIRS.get(frozenset({one, other}))) is not None:
+            raise ConfigError(f"{one} cannot be combined with {other}: {why}")
