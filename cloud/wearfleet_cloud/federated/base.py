@@ -1,14 +1,13 @@
 """What a federated strategy is: a client program above, a server fold below."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, moved
-from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.training_options import LocalTraining
 
 if TYPE_CHECKING:
@@ -88,13 +87,6 @@ class Strategy(Protocol):
     def averaging(self) -> Averaging:
         """How updates are combined."""
 
-    @property
-    def privacy(self) -> PrivacyOptions:
-        """What is clipped and noised; ``privacy.central.fold`` applies it around :meth:`server`."""
-
-    def averaged_by(self, averaging: Averaging) -> Self:
-        """The same strategy with another rule for combining updates."""
-
     def client(self, model: "Classifier") -> "ClientProgram":
         """The client's side for this model.
 
@@ -142,17 +134,11 @@ class AveragingStrategy:
     Args:
         local: training of a client.
         averaging: how updates are combined.
-        privacy: what is clipped and noised.
     """
 
     info: ClassVar[StrategyInfo]
     local: LocalTraining = field(default_factory=LocalTraining)
     averaging: Averaging = field(default_factory=Averaging)
-    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
-
-    def averaged_by(self, averaging: Averaging) -> Self:
-        """As ``Strategy.averaged_by``."""
-        return replace(self, averaging=averaging)
 
     def client(self, model: "Classifier") -> "ClientProgram":
         """Local epochs on the cross-entropy; what ``info`` keeps local begins where the last round ended."""
