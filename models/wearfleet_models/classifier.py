@@ -1,7 +1,7 @@
 """The whole model: raw window in, logits out."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final, Protocol, cast
 
 import torch
@@ -20,7 +20,14 @@ from wearfleet_models.backbones import (
 from wearfleet_models.layers import Standardise
 from wearfleet_models.necks import NECKS, Neck
 
-__all__ = ["BACKBONES", "Classifier", "ModelSpec", "build_classifier"]
+__all__ = ["BACKBONES", "FROZEN", "Classifier", "ModelSpec", "build_classifier", "derived"]
+
+FROZEN: Final[Mapping[str, tuple[str, ...]]] = {
+    "none": (),
+    "backbone": ("backbone",),
+    "backbone-and-head": ("backbone", "head"),
+}
+"""What federated training leaves as it is -> the parts of a classifier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +45,10 @@ class ModelSpec:
         neck: what stands between backbone and head, a key of :data:`wearfleet_models.NECKS`.
         neck_width: numbers in the embedding (bottleneck, dense, mixture).
         domains: number of source domains, at least 1 (mixture).
+        frozen: what federated training leaves as it is, a key of :data:`FROZEN`.
 
     Raises:
-        ConfigError: an unknown backbone or neck, a size below one, or a mixture over no domains.
+        ConfigError: an unknown backbone, neck or frozen part, a size below one, or a mixture over no domains.
     """
 
     backbone: str
@@ -53,9 +61,14 @@ class ModelSpec:
     neck: str = "none"
     neck_width: int = 256
     domains: int = 0
+    frozen: str = "none"
 
     def __post_init__(self) -> None:
-        for kind, name, known in (("backbone", self.backbone, BACKBONES), ("neck", self.neck, NECKS)):
+        for kind, name, known in (
+            ("backbone", self.backbone, BACKBONES),
+            ("neck", self.neck, NECKS),
+            ("frozen part", self.frozen, FROZEN),
+        ):
             if name not in known:
                 raise ConfigError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
         lowest = dict.fromkeys(("channels", "window", "classes", "kernel", "feedforward", "neck_width"), 1)
@@ -130,6 +143,28 @@ def build_classifier(spec: ModelSpec, seed: int = 0) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Classifier(spec)
+
+
+def derived(model: Classifier, seed: int = 0, **changes: object) -> Classifier:
+    """A model of a changed specification with the weights of another wherever name and shape agree.
+
+    Args:
+        model: left as it is.
+        seed: of the weights that it does not have.
+        changes: fields of :class:`ModelSpec`, for example ``neck="adapter"``.
+
+    Raises:
+        ConfigError: a change that makes no model.
+    """
+    made = build_classifier(replace(model.spec, **changes), seed)  # type: ignore[arg-type]
+    own, given = made.state_dict(), model.state_dict()
+    made.load_state_dict(
+        {
+            name: given[name] if name in given and given[name].shape == tensor.shape else tensor
+            for name, tensor in own.items()
+        }
+    )
+    return made.train(model.training)
 
 
 def _cnn(*filters: int, normalise: bool = True) -> Callable[[ModelSpec], nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wearfleet_models.layers import BatchNorm
 
-__all__ = ["NECKS", "Activation", "Bottleneck", "Branches", "Dense", "Identity", "Mixture", "Neck"]
+__all__ = ["NECKS", "Activation", "Adapter", "Bottleneck", "Branches", "Dense", "Identity", "Mixture", "Neck"]
 
 
 class Neck(Protocol):
@@ -89,6 +89,26 @@ class Dense(nn.Module):
         return torch.relu(self.linear(features))
 
 
+class Adapter(nn.Module):
+    """Attention over the numbers of a frozen embedding: ``F softmax(W2 tanh(W1 f + c1) + c2) * f``.
+
+    Source: FedCLIP, Lu et al. 2023, arXiv:2302.13485 (specs/federated.md section 7).
+    Differs: multiplied by F, so that equal attention leaves the features as they are and a head that was trained on
+    them still fits (behind CLIP's normalisation the factor means nothing).
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(features, features)
+        self.second = nn.Linear(features, features)
+        self.num_features = features
+
+    def forward(self, features: Tensor, weight: Tensor | None = None) -> Tensor:  # noqa: ARG002 - one signature for all necks
+        """(B, F) -> (B, F)."""
+        attention = torch.softmax(self.second(torch.tanh(self.first(features))), dim=1)
+        return self.num_features * attention * features
+
+
 class Mixture(nn.Module):
     """A branch for every source domain, weighed by which domain a window looks like, plus a branch for all.
 
@@ -156,5 +176,6 @@ NECKS: Final[Mapping[str, Callable[[int, int, int], nn.Module]]] = {
     "relu": lambda features, _width, _domains: Activation(features, torch.relu),
     "sigmoid": lambda features, _width, _domains: Activation(features, torch.sigmoid),
     "mixture": Mixture,
+    "adapter": lambda features, _width, _domains: Adapter(features),
 }
 """Name -> neck of (number of features, width, number of source domains)."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
-from wearfleet_models.classifier import Classifier
+from wearfleet_models.classifier import FROZEN, Classifier
 from wearfleet_models.layers import BatchNorm, Standardise
 
 __all__ = ["tensor_roles", "tensor_specs"]
@@ -14,8 +14,9 @@ __all__ = ["tensor_roles", "tensor_specs"]
 def tensor_roles(module: nn.Module) -> dict[str, TensorRole]:
     """The role of every parameter and buffer of a model.
 
-    Standardise is FROZEN; weights and biases of BatchNorm and LayerNorm are NORM_AFFINE, running statistics
-    NORM_STAT, their counter COUNTER; everything in a classifier's head is HEAD; the rest is SHARED.
+    Standardise is FROZEN, and so is what a classifier's specification says is frozen; weights and biases of BatchNorm
+    and LayerNorm are NORM_AFFINE, running statistics NORM_STAT, their counter COUNTER; everything in a classifier's
+    head is HEAD; the rest is SHARED.
 
     Args:
         module: any model of ours.
@@ -23,17 +24,22 @@ def tensor_roles(module: nn.Module) -> dict[str, TensorRole]:
     Returns:
         Name as in ``state_dict`` -> role, in the order of ``state_dict``.
     """
-    heads = {
+    classifiers = [owner for owner in module.modules() if isinstance(owner, Classifier)]
+    heads = {id(part) for owner in classifiers for part in owner.head.modules()}
+    frozen = {
         id(part)
-        for owner in module.modules()
-        if isinstance(owner, Classifier)
-        for part in owner.head.modules()
+        for owner in classifiers
+        for name in FROZEN[owner.spec.frozen]
+        for part in owner.get_submodule(name).modules()
     }
     roles: dict[str, TensorRole] = {}
     for prefix, owner in module.named_modules():
         for name, tensor in _own_tensors(owner):
             full_name = f"{prefix}.{name}" if prefix else name
-            roles[full_name] = TensorRole.HEAD if id(owner) in heads else _role(owner, tensor, name)
+            if id(owner) in frozen:
+                roles[full_name] = TensorRole.FROZEN
+            else:
+                roles[full_name] = TensorRole.HEAD if id(owner) in heads else _role(owner, tensor, name)
     return {name: roles[name] for name in module.state_dict()}
 
 

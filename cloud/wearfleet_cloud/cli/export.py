@@ -64,6 +64,10 @@ def _export(
     licence: Annotated[
         str | None, typer.Option("--license", help="Of the model; default: terms of the data set.")
     ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option("--strategy", help="Add the layers that this federated strategy trains (fedclip)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and no progress.")] = False,
 ) -> None:
     """Export a run as one ONNX file: standardisation to out-of-distribution score, checked against torch."""
@@ -71,9 +75,12 @@ def _export(
     from wearfleet_cloud.data.prepared import default_cache_dir, prepare
     from wearfleet_cloud.export import ReleaseInfo, write_release
     from wearfleet_cloud.export.run_folder import contract_of, read_run, windows_of_run
+    from wearfleet_cloud.federated import create_strategy
 
     with _progress(as_json) as progress:
         trained = read_run(run)
+        if strategy is not None:
+            trained = replace(trained, model=create_strategy(strategy, {}).network(trained.model, seed=0))
         dataset = dataset_named(trained.dataset).for_scenario(trained.scenario)
         windows = windows_of_run(
             trained, prepare(dataset, data_root, cache_dir or default_cache_dir(), progress)

@@ -81,7 +81,7 @@ def build(
     trained = read_run(run)
     plan, graphs = build_plan(
         chosen,
-        trained.model,
+        chosen.network(trained.model, seed),
         contract_of(dataset_named(trained.dataset).for_scenario(trained.scenario), trained.labels),
         plan_id=f"{strategy}-{trained.identity}",
         seed=seed,

@@ -52,7 +52,12 @@ def _simulate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Hyper-parameter, name=value; repeatable.")
     ] = None,
-    backbone: Annotated[str, typer.Option("--backbone", help="Of the network.")] = "cnn",
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="Of a network with random first weights.")
+    ] = "cnn",
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Begin with the model of a training run instead.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of weights, splits, cohorts and shuffling.")] = 0,
     wire: Annotated[
         bool, typer.Option("--wire", help="Through real plans and bytes, on the agent's own engine.")
@@ -79,7 +84,8 @@ def _simulate(
     simulation = Simulation(rounds, CohortPolicy(cohort), seed, finetune)
     prepared = prepare(dataset_named(dataset), data_root, cache_dir or default_cache_dir())
     population = _population(prepared, clients, unseen, split=split, alpha=alpha, seed=seed)
-    model = _model(prepared, population, backbone, seed)
+    begin = _model(prepared, population, backbone, seed) if run is None else _trained(run, prepared)
+    model = chosen.network(begin, seed)
     runner = _wire(prepared, model, seed) if wire else _stacked(model, seed, stack, device)
     about: dict[str, object] = {
         "strategy": strategy,
@@ -91,6 +97,7 @@ def _simulate(
         "rounds": rounds,
         "cohort": cohort,
         "seed": seed,
+        "begins_with": backbone if run is None else str(run),
         "wire": wire,
         "simulated": prepared.dataset.simulated,
     }
@@ -160,6 +167,21 @@ def _model(prepared: Prepared, population: Population, backbone: str, seed: int)
     model.standardise.mean.copy_(torch.from_numpy(mean))
     model.standardise.std.copy_(torch.from_numpy(std))
     return model
+
+
+def _trained(run: Path, prepared: Prepared) -> Classifier:
+    """The model of a training run, for the windows of its own data set."""
+    from wearfleet_protos.errors import ConfigError
+
+    from wearfleet_cloud.export.run_folder import read_run
+
+    trained = read_run(run)
+    if (trained.dataset, trained.labels) != (prepared.dataset.name, prepared.dataset.label_names):
+        raise ConfigError(
+            f"the run was trained on {trained.dataset} with {len(trained.labels)} classes, the clients have "
+            f"{prepared.dataset.name} with {len(prepared.dataset.label_names)}; give both the same data"
+        )
+    return trained.model
 
 
 def _stacked(model: Classifier, seed: int, stack: int, device: str) -> Callable[[Strategy], Runner]:

@@ -87,6 +87,17 @@ class Strategy(Protocol):
     def averaging(self) -> Averaging:
         """How updates are combined."""
 
+    def network(self, model: "Classifier", seed: int) -> "Classifier":
+        """The network that is trained, made from another; the same, unless the strategy adds layers or freezes some.
+
+        Args:
+            model: trained before, or with first weights.
+            seed: of the weights of added layers.
+
+        Raises:
+            ConfigError: the strategy makes no sense for this model.
+        """
+
     def client(self, model: "Classifier") -> "ClientProgram":
         """The client's side for this model.
 
@@ -139,6 +150,10 @@ class AveragingStrategy:
     info: ClassVar[StrategyInfo]
     local: LocalTraining = field(default_factory=LocalTraining)
     averaging: Averaging = field(default_factory=Averaging)
+
+    def network(self, model: "Classifier", seed: int) -> "Classifier":  # noqa: ARG002 - nothing is added
+        """The model itself."""
+        return model
 
     def client(self, model: "Classifier") -> "ClientProgram":
         """Local epochs on the cross-entropy; what ``info`` keeps local begins where the last round ended."""

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import nn
+from wearfleet_models.classifier import Classifier
 from wearfleet_models.roles import tensor_specs
 from wearfleet_protos.plan import Loop
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
@@ -16,6 +16,7 @@ from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 from wearfleet_cloud.federated.client_steps import (
     TRAINED_ROLES,
     GradientRule,
+    Loss,
     Tensors,
     evaluation_step,
     is_trained,
@@ -65,7 +66,7 @@ class ClientProgram:
 
 
 def local_program(
-    model: nn.Module,
+    model: Classifier,
     local: LocalTraining,
     *,
     keep_local: Sequence[TensorRole] = (),
@@ -90,7 +91,7 @@ def local_program(
     return measured(model, local, (*model_specs(model, keep_local), *slots, *extra), (train,))
 
 
-def model_specs(model: nn.Module, keep_local: Collection[TensorRole] = ()) -> tuple[TensorSpec, ...]:
+def model_specs(model: Classifier, keep_local: Collection[TensorRole] = ()) -> tuple[TensorSpec, ...]:
     """The tensors of a model; those of the roles ``keep_local`` begin a round with what the device has."""
     return tuple(
         replace(spec, origin="local") if spec.role in keep_local else spec for spec in tensor_specs(model)
@@ -98,7 +99,7 @@ def model_specs(model: nn.Module, keep_local: Collection[TensorRole] = ()) -> tu
 
 
 def measured(
-    model: nn.Module,
+    model: Classifier,
     local: LocalTraining,
     tensors: tuple[TensorSpec, ...],
     phases: tuple[ClientPhase, ...],
@@ -113,7 +114,7 @@ def measured(
     return ClientProgram(tensors, (before, *phases, after))
 
 
-def personal_specs(model: nn.Module, origin: TrackOrigin) -> tuple[TensorSpec, ...]:
+def personal_specs(model: Classifier, origin: TrackOrigin) -> tuple[TensorSpec, ...]:
     """A second track of the model: the device's own version of every tensor that is not FROZEN."""
     return tuple(
         replace(
@@ -130,7 +131,7 @@ def personal_specs(model: nn.Module, origin: TrackOrigin) -> tuple[TensorSpec, .
 
 
 def personal_phase(
-    model: nn.Module,
+    model: Classifier,
     local: LocalTraining,
     *,
     name: str,
@@ -142,17 +143,18 @@ def personal_phase(
     return replace(phase, step=on_track(phase.step, _tracked(model), PERSONAL_PREFIX)), slots
 
 
-def _tracked(model: nn.Module) -> list[str]:
+def _tracked(model: Classifier) -> list[str]:
     return [spec.name for spec in tensor_specs(model) if spec.role != TensorRole.FROZEN]
 
 
 def training_phase(
-    model: nn.Module,
+    model: Classifier,
     local: LocalTraining,
     *,
     name: str = "train",
     roles: Collection[TensorRole] = TRAINED_ROLES,
     rule: GradientRule | None = None,
+    loss: Loss | None = None,
     scalars: tuple[tuple[str, float], ...] = (),
 ) -> tuple[ClientPhase, tuple[TensorSpec, ...]]:
     """Local epochs as one phase.
@@ -163,12 +165,13 @@ def training_phase(
         name: of the phase; unless it is ``train``, the optimiser's tensors begin with it, to be the phase's own.
         roles: of the parameters that are trained.
         rule: changes the gradients before the optimiser.
-        scalars: numbers for the rule.
+        loss: None for the weighted mean cross-entropy.
+        scalars: numbers for the rule and the loss.
 
     Returns:
         The phase and the optimiser's tensors.
     """
-    step, slots = training_step(model, tensor_specs(model), local.build(), rule, roles=roles)
+    step, slots = training_step(model, tensor_specs(model), local.build(), rule, roles=roles, loss=loss)
     if name != "train":
         step = on_track(step, [slot.name for slot in slots], f"{name}/")
         slots = tuple(replace(slot, name=f"{name}/{slot.name}") for slot in slots)
@@ -187,7 +190,7 @@ def on_track(step: Step, names: Collection[str], prefix: str) -> Step:
     return tracked
 
 
-def anchor_specs(model: nn.Module) -> tuple[TensorSpec, ...]:
+def anchor_specs(model: Classifier) -> tuple[TensorSpec, ...]:
     """One tensor for each trained parameter that keeps its value at the start of the round."""
     return tuple(
         replace(

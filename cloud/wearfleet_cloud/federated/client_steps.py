@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
+from wearfleet_models.classifier import Classifier
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.plan_compiler import Step
@@ -16,12 +18,15 @@ __all__ = [
     "TRAINED_ROLES",
     "Direction",
     "GradientRule",
+    "Loss",
     "Tensors",
+    "embedding_of",
     "evaluation_step",
     "is_trained",
     "loss_gradient",
     "optimising_step",
     "training_step",
+    "weighted_mean",
 ]
 
 Tensors = dict[str, Tensor]
@@ -32,6 +37,9 @@ GradientRule = Callable[[Tensors, Tensors, Tensors], Tensors]
 Direction = Callable[[Tensors, Tensors], tuple[Tensors, Tensors, Tensors]]
 """From parameters and everything the step was given to what the optimiser takes for gradients, the buffers that
 changed, and metrics."""
+
+Loss = Callable[[Tensor, Tensor, Tensors], Tensor]
+"""From embedding (B, F), logits (B, K) and everything the step was given to the loss of a batch."""
 
 TRAINED_ROLES = (TensorRole.SHARED, TensorRole.NORM_AFFINE, TensorRole.HEAD)
 _PACKED = "packed"
@@ -57,14 +65,15 @@ def evaluation_step(model: nn.Module) -> Step:
 
 
 def training_step(
-    model: nn.Module,
+    model: Classifier,
     specs: Sequence[TensorSpec],
     optimiser: Optimiser,
     rule: GradientRule | None = None,
     *,
     roles: Collection[TensorRole] = TRAINED_ROLES,
+    loss: Loss | None = None,
 ) -> tuple[Step, tuple[TensorSpec, ...]]:
-    """One optimiser step on the weighted mean cross-entropy of a batch.
+    """One optimiser step on a loss of a batch.
 
     Args:
         model: the classifier; it is copied.
@@ -73,12 +82,13 @@ def training_step(
         rule: changes the gradients before the optimiser.
         roles: of the parameters that are trained. Without SHARED the network is in evaluation mode: nothing of what is
             frozen changes, statistics of normalisation neither.
+        loss: None for the weighted mean cross-entropy.
 
     Returns:
         The step, and the specifications of the optimiser's tensors. Results are the new parameters, the buffers that
         changed, the optimiser's tensors, and the metrics of ``evaluation_step`` on the batch before the update.
     """
-    gradient = loss_gradient(model, specs, roles)
+    gradient = loss_gradient(model, specs, roles, loss)
 
     def direction(params: Tensors, given: Tensors) -> tuple[Tensors, Tensors, Tensors]:
         grads, buffers, metrics = gradient(params, given)
@@ -88,27 +98,70 @@ def training_step(
 
 
 def loss_gradient(
-    model: nn.Module, specs: Sequence[TensorSpec], roles: Collection[TensorRole] = TRAINED_ROLES
+    model: Classifier,
+    specs: Sequence[TensorSpec],
+    roles: Collection[TensorRole] = TRAINED_ROLES,
+    loss: Loss | None = None,
 ) -> Direction:
-    """The gradient of the weighted mean cross-entropy of a batch with respect to the parameters of some roles."""
-    trained = copy.deepcopy(model).train(TensorRole.SHARED in roles)
+    """The gradient of a loss of a batch with respect to the parameters of some roles.
+
+    Args:
+        model: the classifier; it is copied. Where its backbone is frozen, or SHARED is not among the roles, it is in
+            evaluation mode.
+        specs: its tensors.
+        roles: of the parameters.
+        loss: None for the weighted mean cross-entropy.
+    """
+    trains = TensorRole.SHARED in roles and model.spec.frozen == "none"
+    trained = _Embedding(copy.deepcopy(model).train(trains))
     rest = tuple(spec.name for spec in specs if not is_trained(spec, roles))
 
     def gradient(params: Tensors, given: Tensors) -> tuple[Tensors, Tensors, Tensors]:
         fixed = {name: given[name] for name in rest}
 
         def objective(params: Tensors) -> tuple[Tensor, tuple[Tensors, Tensors]]:
-            tensors = {**params, **fixed}
-            logits = functional_call(trained, tensors, (given["x"], given["weight"], given["rng"]))
+            tensors = trained.names({**params, **fixed})
+            arguments = (given["x"], given["weight"], given["rng"])
+            features, logits = functional_call(trained, tensors, arguments)
             losses = _cross_entropy(logits, given["y"])
-            mean = (losses * given["weight"]).sum() / torch.clamp(given["weight"].sum(), min=1e-12)
-            changed = {name: tensors[name] for name in rest if tensors[name] is not fixed[name]}
-            return mean, (changed, _metrics(logits.detach(), losses.detach(), given))
+            value = weighted_mean(losses, given) if loss is None else loss(features, logits, given)
+            after = {name: tensors[_Embedding.PREFIX + name] for name in rest}
+            changed = {name: tensor for name, tensor in after.items() if tensor is not fixed[name]}
+            return value, (changed, _metrics(logits.detach(), losses.detach(), given))
 
         grads, (_, (buffers, metrics)) = grad_and_value(objective, has_aux=True)(params)
         return grads, buffers, metrics
 
     return gradient
+
+
+def embedding_of(model: Classifier, tensors: Tensors, x: Tensor) -> Tensor:
+    """(B, F) the embedding of a batch in evaluation mode, by the given tensors of a model; no gradient."""
+    network = _Embedding(copy.deepcopy(model).eval())
+    features: Tensor = functional_call(network, network.names(tensors), (x, None, None))[0]
+    return features.detach()
+
+
+def weighted_mean(losses: Tensor, given: Tensors) -> Tensor:
+    """The mean of (B,) values, each by the weight of its window."""
+    return (losses * given["weight"]).sum() / torch.clamp(given["weight"].sum(), min=1e-12)
+
+
+class _Embedding(nn.Module):
+    """A classifier that returns its embedding beside its logits."""
+
+    PREFIX: ClassVar[str] = "network."
+
+    def __init__(self, network: Classifier) -> None:
+        super().__init__()
+        self.network = network
+
+    def names(self, tensors: Tensors) -> Tensors:
+        return {self.PREFIX + name: tensor for name, tensor in tensors.items()}
+
+    def forward(self, x: Tensor, weight: Tensor | None, rng: Tensor | None) -> tuple[Tensor, Tensor]:
+        features = self.network.features(x, weight, rng)
+        return features, self.network.head(features)
 
 
 def optimising_step(

@@ -18,6 +18,7 @@ from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation, 
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient, label_skew
 from wearfleet_cloud.federated.stacked_clients import StackedClients
 from wearfleet_cloud.federated.wire_clients import WireClients
+from wearfleet_models.classifier import Classifier
 from wearfleet_protos.errors import AggregationError, ConfigError
 
 SIZES = {"anna": (45, 21), "ben": (20, 30), "cleo": (33, 9)}
@@ -26,6 +27,7 @@ CLIENTS = tuple(SimulatedClient(n, s["train"], s["holdout"]) for n, s in SPLITS.
 OPTIONS: dict[str, dict[str, object]] = {
     "fedbn": {"momentum": 0.9, "epochs": 2},
     "fedadam": {"server_learning_rate": 0.01},
+    "fedclip": {"target": "class_soft"},
     "fednova": {"mu": 0.1, "epochs": 2},
     "fedrep": {"head_epochs": 2},
     "ditto": {"pull": 0.3},
@@ -39,17 +41,21 @@ def made(name: str) -> Strategy:
     return create_strategy(name, {"batch_size": 16, "learning_rate": 0.05, **OPTIONS[name]})
 
 
+def network(strategy: Strategy) -> Classifier:
+    return strategy.network(model("cnn"), SEED)
+
+
 def stacked(strategy: Strategy) -> StackedClients:
-    return StackedClients(strategy, model("cnn"), SEED, at_once=2)
+    return StackedClients(strategy, network(strategy), SEED, at_once=2)
 
 
 def wired(strategy: Strategy) -> WireClients:
-    return WireClients(strategy, model("cnn"), CONTRACT, SEED, device_engine)
+    return WireClients(strategy, network(strategy), CONTRACT, SEED, device_engine)
 
 
 def outcome(name: str, runner, **changes: int) -> Outcome:
     simulation = Simulation(**{"rounds": 2, "seed": SEED, **changes})
-    return simulate(made(name), model("cnn"), Population(CLIENTS), simulation, runner)
+    return simulate(made(name), network(made(name)), Population(CLIENTS), simulation, runner)
 
 
 FAST = ("fedbn", "ditto", "scaffold")
