@@ -5,6 +5,9 @@
                                    +-- too few updates --> SKIPPED <--------+ AggregationFailed
     every state that is not final --Aborted--> ABORTED
 
+A buffered round (``RoundPolicy.max_staleness``) ends when it has the wanted updates, and at the deadline if it has a
+quorum, always in aggregation: who is at work then is carried over to the next one (``next_round``).
+
 Nothing here performs anything: the service stores the returned round and carries out the effects, in one transaction
 with the event where the effect is an answer. After a crash it reads the round back and reports ``ServiceRestarted``,
 whose effects start again what was lost. An update counts once: its key is (round, client, attempt), and a client has at
@@ -26,6 +29,7 @@ from wearfleet_cloud.federated.round_events import (
     AnswerStatus,
     ArmDeadline,
     ClientDeclined,
+    ClientReturned,
     CohortSelected,
     DeadlinePassed,
     Effect,
@@ -36,14 +40,33 @@ from wearfleet_cloud.federated.round_events import (
     ReleaseClients,
     SelectCohort,
     ServiceRestarted,
+    SlotsGivenAway,
     StartAggregation,
     TaskFetched,
     UpdateRejected,
     UpdateSubmitted,
 )
-from wearfleet_cloud.federated.round_record import TERMINAL, Receipt, Round, RoundPolicy, RoundState
+from wearfleet_cloud.federated.round_record import (
+    TERMINAL,
+    Carried,
+    Receipt,
+    Round,
+    RoundPolicy,
+    RoundState,
+    next_round,
+)
 
-__all__ = ["TABLE", "TERMINAL", "Receipt", "Round", "RoundPolicy", "RoundState", "advance"]
+__all__ = [
+    "TABLE",
+    "TERMINAL",
+    "Carried",
+    "Receipt",
+    "Round",
+    "RoundPolicy",
+    "RoundState",
+    "advance",
+    "next_round",
+]
 
 Outcome = tuple[Round, tuple[Effect, ...]]
 
@@ -74,14 +97,21 @@ def advance(current: Round, event: Event, now: float) -> Outcome:
 
 
 def _invite(current: Round, event: CohortSelected, now: float) -> Outcome:
-    clients = tuple(sorted(set(event.clients)))
-    if not clients or not 1 <= event.wanted <= len(clients):
+    clients = tuple(sorted({*event.clients, *(c.client for c in current.carried)}))
+    most = event.wanted if current.policy.buffered else len(clients)
+    if not clients or not 1 <= event.wanted <= most:
         raise ProtocolError(
             f"a cohort needs clients, and 1 to {len(clients)} wanted updates; got {event.wanted}"
         )
     deadline = now + current.policy.deadline_s
     after = replace(
-        current, state=RoundState.RUNNING, invited=clients, wanted=event.wanted, deadline=deadline
+        current,
+        state=RoundState.RUNNING,
+        invited=clients,
+        wanted=event.wanted,
+        deadline=deadline,
+        slots=event.slots or len(clients),
+        carried=tuple(c for c in current.carried if c.client not in event.clients),
     )
     return after, (InviteClients(clients), ArmDeadline(deadline))
 
@@ -89,9 +119,35 @@ def _invite(current: Round, event: CohortSelected, now: float) -> Outcome:
 def _fetch(current: Round, event: TaskFetched, _: float) -> Outcome:
     if event.client not in current.invited:
         return current, (_denied(event.client),)
+    current = _present(current, event.client)
     if event.client in current.fetched:
         return current, ()
-    return replace(current, fetched=(*current.fetched, event.client)), ()
+    carried = tuple(c for c in current.carried if c.client != event.client)  # what it was at work on is gone
+    return replace(current, fetched=(*current.fetched, event.client), carried=carried), ()
+
+
+def _give_away(current: Round, event: SlotsGivenAway, _: float) -> Outcome:
+    """Only clients that may still answer can be lost, and only others take the slots that are free then."""
+    lost = tuple(c for c in current.at_work if c in event.lost)
+    after = replace(
+        current,
+        lost=(*current.lost, *lost),
+        carried=tuple(c for c in current.carried if c.client not in lost),
+    )
+    added = sorted(set(event.clients) - set(current.invited))[: after.free_slots]
+    after = replace(after, invited=tuple(sorted((*current.invited, *added))))
+    after, effects = _proceed(after)
+    return after, (*([InviteClients(tuple(added))] if added else []), *effects)
+
+
+def _return(current: Round, event: ClientReturned, _: float) -> Outcome:
+    return _present(current, event.client), ()
+
+
+def _present(current: Round, client: str) -> Round:
+    if client not in current.lost:
+        return current
+    return replace(current, lost=tuple(c for c in current.lost if c != client))
 
 
 def _submit(current: Round, event: UpdateSubmitted, _: float) -> Outcome:
@@ -100,15 +156,29 @@ def _submit(current: Round, event: UpdateSubmitted, _: float) -> Outcome:
         return current, (answered,)
     if event.num_examples < 1:
         return _reject(current, UpdateRejected(event.client, event.attempt, "no training windows"), _)
-    receipt = Receipt(event.client, event.attempt, event.digest, event.num_examples, event.num_steps)
     after = replace(
-        current,
-        receipts=(*current.receipts, receipt),
+        _present(current, event.client),
+        receipts=(*current.receipts, _receipt(current, event)),
+        carried=tuple(c for c in current.carried if c.client != event.client),
         rejected=tuple(row for row in current.rejected if row[0] != event.client),
         declined=tuple(row for row in current.declined if row[0] != event.client),
     )
     after, effects = _proceed(after)
     return after, (Answer(event.client, AnswerStatus.ACCEPTED), *effects)
+
+
+def _receipt(current: Round, event: UpdateSubmitted) -> Receipt:
+    task = current.carried_task(event.client)
+    stale = task is not None and task.attempt == event.attempt
+    return Receipt(
+        event.client,
+        event.attempt,
+        event.digest,
+        event.num_examples,
+        event.num_steps,
+        staleness=task.staleness if task is not None and stale else 0,
+        base=task.base if task is not None and stale else "",
+    )
 
 
 def _submit_late(current: Round, event: UpdateSubmitted, _: float) -> Outcome:
@@ -162,6 +232,9 @@ def _deadline(current: Round, _: DeadlinePassed, now: float) -> Outcome:
         return current, (ArmDeadline(current.deadline),)
     if current.has_quorum:
         return _aggregate(current)
+    if current.policy.buffered:  # nobody waits for it: slots are given away when their leases run out
+        deadline = now + current.policy.deadline_s
+        return replace(current, deadline=deadline), (ArmDeadline(deadline),)
     if not current.extended and current.policy.extension_s > 0:
         deadline = now + current.policy.extension_s
         return replace(current, extended=True, deadline=deadline), (ArmDeadline(deadline),)
@@ -172,17 +245,17 @@ def _proceed(current: Round) -> Outcome:
     """Go on when there is nothing left to wait for."""
     if len(current.receipts) >= current.wanted and current.has_quorum:
         return _aggregate(current)
-    answered = (
-        {r.client for r in current.receipts} | dict(current.declined).keys() | dict(current.rejected).keys()
-    )
-    if answered != set(current.invited):
+    if current.policy.buffered or current.at_work:
         return current, ()
-    return _aggregate(current) if current.has_quorum else _skip(current, "every client has answered")
+    return (
+        _aggregate(current) if current.has_quorum else _skip(current, "every client has answered or is lost")
+    )
 
 
 def _aggregate(current: Round) -> Outcome:
     after = replace(current, state=RoundState.AGGREGATING)
-    return after, (*_release(current), _start(after))
+    released = () if current.policy.buffered else _release(current)
+    return after, (*released, _start(after))
 
 
 def _skip(current: Round, why: str) -> Outcome:
@@ -255,6 +328,8 @@ _LATE: Final[dict[type[Event], Rule]] = {
     UpdateSubmitted: _submit_late,
     UpdateRejected: _reject_late,
     ClientDeclined: _ignore,
+    SlotsGivenAway: _ignore,
+    ClientReturned: _ignore,
     DeadlinePassed: _ignore,
 }
 
@@ -269,6 +344,8 @@ TABLE: Final[Mapping[tuple[RoundState, type[Event]], tuple[Rule, frozenset[Round
     (_S.RUNNING, UpdateSubmitted): (_submit, frozenset({_S.RUNNING, _S.AGGREGATING, _S.SKIPPED})),
     (_S.RUNNING, UpdateRejected): (_reject, frozenset({_S.RUNNING, _S.AGGREGATING, _S.SKIPPED})),
     (_S.RUNNING, ClientDeclined): (_decline, frozenset({_S.RUNNING, _S.AGGREGATING, _S.SKIPPED})),
+    (_S.RUNNING, SlotsGivenAway): (_give_away, frozenset({_S.RUNNING, _S.AGGREGATING, _S.SKIPPED})),
+    (_S.RUNNING, ClientReturned): (_return, frozenset({_S.RUNNING})),
     (_S.RUNNING, DeadlinePassed): (_deadline, frozenset({_S.RUNNING, _S.AGGREGATING, _S.SKIPPED})),
     (_S.RUNNING, Aborted): (_abort, frozenset({_S.ABORTED})),
     (_S.RUNNING, ServiceRestarted): (_restart_running, frozenset({_S.RUNNING})),

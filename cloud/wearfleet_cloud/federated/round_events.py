@@ -14,6 +14,7 @@ __all__ = [
     "AnswerStatus",
     "ArmDeadline",
     "ClientDeclined",
+    "ClientReturned",
     "CohortSelected",
     "DeadlinePassed",
     "Effect",
@@ -24,6 +25,7 @@ __all__ = [
     "ReleaseClients",
     "SelectCohort",
     "ServiceRestarted",
+    "SlotsGivenAway",
     "StartAggregation",
     "TaskFetched",
     "UpdateRejected",
@@ -33,10 +35,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class CohortSelected:
-    """The clients of the round are known; ``wanted`` updates are enough."""
+    """The clients of the round are known; ``wanted`` updates are enough.
+
+    Args:
+        clients: who is invited beside those carried over.
+        wanted: a buffered round may want more updates than there are clients yet.
+        slots: clients that are to be at work at the same time; 0: as many as are invited.
+    """
 
     clients: tuple[str, ...]
     wanted: int
+    slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +81,21 @@ class ClientDeclined:
 
     client: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SlotsGivenAway:
+    """Clients whose lease has run out are lost, and others are invited for free slots; either may be nobody."""
+
+    lost: tuple[str, ...]
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientReturned:
+    """A client that was lost gives a sign of life: it takes part again, whoever was invited for it."""
+
+    client: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +136,8 @@ Event = (
     | UpdateSubmitted
     | UpdateRejected
     | ClientDeclined
+    | SlotsGivenAway
+    | ClientReturned
     | DeadlinePassed
     | Aggregated
     | AggregationFailed

@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wearfleet_cloud.federated.round import TABLE, TERMINAL, Receipt, Round, RoundPolicy, RoundState, advance
+from wearfleet_cloud.federated.round import (
+    TABLE,
+    TERMINAL,
+    Carried,
+    Receipt,
+    Round,
+    RoundPolicy,
+    RoundState,
+    advance,
+    next_round,
+)
 from wearfleet_cloud.federated.round_events import (
     Aborted,
     Aggregated,
@@ -15,6 +25,7 @@ from wearfleet_cloud.federated.round_events import (
     AnswerStatus,
     ArmDeadline,
     ClientDeclined,
+    ClientReturned,
     CohortSelected,
     DeadlinePassed,
     Effect,
@@ -25,6 +36,7 @@ from wearfleet_cloud.federated.round_events import (
     ReleaseClients,
     SelectCohort,
     ServiceRestarted,
+    SlotsGivenAway,
     StartAggregation,
     TaskFetched,
     UpdateRejected,
@@ -37,8 +49,8 @@ BASE, RESULT = digest_of(b"base"), digest_of(b"result")
 CLIENTS = ("a", "b", "c")
 
 
-def planned(**policy: float) -> Round:
-    defaults = {"quorum": 2, "deadline_s": 100.0, "extension_s": 50.0}
+def planned(**policy: float | None) -> Round:
+    defaults: dict[str, float] = {"quorum": 2, "deadline_s": 100.0, "extension_s": 50.0}
     return Round("run", 1, BASE, RoundPolicy(**{**defaults, **policy}))  # type: ignore[arg-type]
 
 
@@ -188,6 +200,102 @@ def test_an_operator_can_abort_every_unfinished_round(state: RoundState) -> None
     assert KeepModel("stop") in effects
 
 
+def buffered(number: int = 1, **changes: object) -> Round:
+    """A buffer of two updates, three clients at work, updates of the last two versions allowed."""
+    before = replace(planned(max_staleness=2, quorum=1), number=number, **changes)  # type: ignore[arg-type]
+    return advance(before, CohortSelected(CLIENTS, 2, 3), 1000.0)[0]
+
+
+def attempt_of(number: int, client: str) -> str:
+    return f"{client}-{number}"
+
+
+def full(current: Round, first: str, second: str, result: bytes) -> Round:
+    """The buffer with two updates, published."""
+    fetched = [TaskFetched(client) for client in current.invited if current.carried_task(client) is None]
+    sent = [submitted(client, attempt=f"{client}-{current.number}") for client in (first, second)]
+    after, _ = play(current, *fetched, *sent, Aggregated(digest_of(result)))
+    assert after.state == RoundState.PUBLISHED
+    return after
+
+
+def test_a_full_buffer_releases_nobody_and_who_is_at_work_goes_on_into_the_next_one() -> None:
+    after, effects = play(buffered(), TaskFetched("b"), submitted("a"), submitted("c"))
+    assert after.state == RoundState.AGGREGATING
+    assert not any(isinstance(effect, ReleaseClients) for effect in effects)
+    following = next_round(advance(after, Aggregated(RESULT), 1.0)[0], attempt_of)
+    assert (following.number, following.base, following.state) == (2, RESULT, RoundState.PLANNED)
+    assert following.carried == (Carried("b", "b-1", BASE, 1),)
+
+
+def test_a_late_update_counts_with_its_staleness_until_it_is_too_old() -> None:
+    current = full(buffered(), "a", "c", b"1")
+    following = next_round(current, attempt_of)
+    second, effects = play(following, CohortSelected(("a", "c"), 2, 3), submitted("b", attempt="b-1"))
+    assert (second.invited, answer(effects)) == (CLIENTS, AnswerStatus.ACCEPTED)
+    assert second.receipts == (Receipt("b", "b-1", digest_of(b"b"), 10, 0, 1, BASE),)
+    assert second.carried == ()
+    repeated, effects = advance(second, submitted("b", attempt="b-1"), 1.0)
+    assert (repeated, answer(effects)) == (second, AnswerStatus.DUPLICATE)
+    for number, staleness in ((2, 1), (3, 2)):
+        following = next_round(current, attempt_of)
+        assert following.carried == (Carried("b", "b-1", BASE, staleness),)
+        current = full(advance(following, CohortSelected(("a", "c"), 2, 3), 1.0)[0], "a", "c", b"%d" % number)
+    assert next_round(current, attempt_of).carried == ()  # three versions: too old
+
+
+def test_a_skipped_buffer_makes_nobody_staler() -> None:
+    failed, _ = play(
+        buffered(), TaskFetched("b"), submitted("a"), submitted("c"), AggregationFailed("overflow")
+    )
+    following = next_round(failed, attempt_of)
+    assert (following.base, following.carried) == (BASE, (Carried("b", "b-1", BASE, 0),))
+
+
+def test_who_asks_for_a_task_again_has_lost_its_old_one() -> None:
+    following = next_round(full(buffered(), "a", "c", b"1"), attempt_of)
+    second, _ = play(following, CohortSelected(("a",), 2, 3), TaskFetched("b"), submitted("b", attempt="b-2"))
+    assert second.receipts == (Receipt("b", "b-2", digest_of(b"b"), 10),)
+
+
+def test_a_buffer_waits_past_its_deadline_unless_it_has_a_quorum_and_is_never_skipped_for_time() -> None:
+    waiting, effects = advance(buffered(), DeadlinePassed(), 1100.0)
+    assert (waiting.state, effects) == (RoundState.RUNNING, (ArmDeadline(1200.0),))
+    declined, _ = play(waiting, *(ClientDeclined(client, "") for client in CLIENTS))
+    assert (declined.state, declined.free_slots) == (RoundState.RUNNING, 3)
+    part, _ = play(declined, SlotsGivenAway((), ("d",)), submitted("d"))
+    assert advance(part, DeadlinePassed(), 1200.0)[0].state == RoundState.AGGREGATING
+
+
+def test_an_answer_frees_a_slot_of_a_buffer_and_a_lost_client_one_of_every_round() -> None:
+    assert (buffered().free_slots, play(buffered(), submitted("a"))[0].free_slots) == (0, 1)
+    assert play(running(), submitted("a"))[0].free_slots == 0
+    for current in (buffered(), running()):
+        lost, effects = play(current, SlotsGivenAway(("b",), ("e", "d")))
+        assert (lost.lost, lost.invited, effects) == (("b",), ("a", "b", "c", "d"), (InviteClients(("d",)),))
+        assert lost.free_slots == 0
+
+
+def test_a_lost_client_that_returns_takes_part_again() -> None:
+    lost, _ = play(running(), SlotsGivenAway(("b",), ("d",)))
+    for event in (ClientReturned("b"), TaskFetched("b"), submitted("b")):
+        assert play(lost, event)[0].lost == ()
+    done, _ = play(lost, submitted("b"), submitted("a"), submitted("c"))
+    assert {r.client for r in done.receipts} == {"a", "b", "c"}
+
+
+def test_a_round_does_not_wait_for_lost_clients() -> None:
+    after, _ = play(running(), submitted("a"), submitted("c"), SlotsGivenAway(("b",), ()))
+    assert after.state == RoundState.AGGREGATING
+    after, _ = play(running(), submitted("a"), SlotsGivenAway(("b", "c"), ()))
+    assert (after.state, after.lost) == (RoundState.SKIPPED, ("b", "c"))
+
+
+def test_who_has_answered_or_was_not_invited_cannot_be_lost() -> None:
+    before, _ = play(running(), submitted("a"))
+    assert advance(before, SlotsGivenAway(("a", "x"), ("y",)), 1.0) == (before, ())
+
+
 IMPOSSIBLE: list[tuple[RoundState, Event]] = [
     (RoundState.PLANNED, Aggregated(RESULT)),
     (RoundState.PLANNED, DeadlinePassed()),
@@ -214,10 +322,11 @@ def test_an_impossible_cohort_is_refused(cohort: tuple[tuple[str, ...], int]) ->
 
 
 @pytest.mark.parametrize(
-    "policy", [{"quorum": 0}, {"deadline_s": 0}, {"extension_s": -1}, {"min_examples": 0}]
+    "policy",
+    [{"quorum": 0}, {"deadline_s": 0}, {"extension_s": -1}, {"min_examples": 0}, {"max_staleness": -1}],
 )
 def test_an_impossible_policy_is_refused(policy: dict[str, float]) -> None:
-    with pytest.raises(ProtocolError, match="out of range"):
+    with pytest.raises(ProtocolError, match=r"out of range|at least 0"):
         planned(**policy)
 
 
@@ -230,6 +339,8 @@ events: st.SearchStrategy[Event] = st.one_of(
     st.builds(UpdateSubmitted, names, attempts, digests, st.integers(0, 20)),
     st.builds(UpdateRejected, names, attempts, st.just("bad")),
     st.builds(ClientDeclined, names, st.just("no")),
+    st.builds(SlotsGivenAway, st.tuples(names), st.one_of(st.just(()), st.tuples(names))),
+    st.builds(ClientReturned, names),
     st.just(DeadlinePassed()),
     st.builds(Aggregated, digests),
     st.just(AggregationFailed("failed")),
@@ -245,11 +356,19 @@ histories = st.lists(st.tuples(events, st.floats(0, 80)), max_size=40)
     quorum=st.integers(1, 4),
     extension=st.sampled_from([0.0, 50.0]),
     restart=st.booleans(),
+    staleness=st.sampled_from([None, 0, 2]),
 )
 def test_laws_hold_over_every_history(
-    history: list[tuple[Event, float]], aborts: bool, quorum: int, extension: float, restart: bool
+    history: list[tuple[Event, float]],
+    aborts: bool,
+    quorum: int,
+    extension: float,
+    restart: bool,
+    staleness: int | None,
 ) -> None:
-    current = planned(quorum=quorum, extension_s=extension)
+    current = planned(quorum=quorum, extension_s=extension, max_staleness=staleness)
+    if staleness:
+        current = replace(current, carried=(Carried("b", "1", BASE, 1), Carried("z", "1", BASE, 2)))
     now, counted, aggregations = 0.0, {}, 0
     for event, wait in [*history, *([(Aborted("stop"), 1.0)] if aborts else [])]:
         now += wait
@@ -265,6 +384,7 @@ def test_laws_hold_over_every_history(
             assert isinstance(event, CohortSelected)
             continue
         check_step(current, after, effects)
+        check_clients(after)
         for effect in effects:
             if isinstance(effect, Answer) and effect.status == AnswerStatus.ACCEPTED:
                 assert isinstance(event, UpdateSubmitted)
@@ -291,6 +411,23 @@ def check_step(before: Round, after: Round, effects: tuple[Effect, ...]) -> None
     if after.state != before.state and after.state in (RoundState.SKIPPED, RoundState.ABORTED):
         assert any(isinstance(e, KeepModel) for e in effects)
         assert after.reason
+
+
+def check_clients(after: Round) -> None:
+    invited, taking_part = set(after.invited), after.state == RoundState.RUNNING
+    assert set(after.lost) <= invited
+    assert not set(after.lost) & {r.client for r in after.receipts}
+    assert not set(after.at_work) & (set(after.answered) | set(after.lost))
+    if taking_part:
+        assert {c.client for c in after.carried} <= invited
+    if after.state == RoundState.SKIPPED and after.policy.buffered:
+        assert after.reason == "failed", "a buffer was skipped for time"
+    following = next_round(after, attempt_of)
+    least = 1 if after.state == RoundState.PUBLISHED else 0
+    for task in following.carried:
+        assert task.client in after.at_work
+        assert least <= task.staleness <= (after.policy.max_staleness or 0)
+    assert len({c.client for c in following.carried}) == len(following.carried)
 
 
 @given(history=histories)
