@@ -6,9 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from algorithm_cases import batch, build, hyper, started
 from wearfleet_cloud.algorithms import ALGORITHMS
+from wearfleet_cloud.data.simulator import SIMULATOR
 from wearfleet_cloud.training.benchmark.grid import Cell, Grid, cells
 from wearfleet_cloud.training.benchmark.ranges import RANGES, drawn_settings
+from wearfleet_cloud.training.config import TrainConfig
+from wearfleet_cloud.training.optimisers import Adam
+from wearfleet_cloud.training.settings import run_settings
 from wearfleet_protos.errors import ConfigError
 
 _GRID = Grid(
@@ -72,9 +78,37 @@ def test_draws_stay_in_their_ranges() -> None:
     assert abs(np.median(np.log10(values["lr"])) + 3.5) < 0.3  # the logarithm is uniform
 
 
-def test_ranges_are_of_hyper_parameters_that_exist() -> None:
-    for name, ranges in RANGES.items():
-        assert set(ranges) <= set(ALGORITHMS[name].info.hyper), name
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_method_accepts_what_is_drawn_for_it(name: str) -> None:
+    """20 draws make a network and a configuration; the first two also a step that is finite."""
+    for number in range(1, 21):
+        drawn = drawn_settings(name, number, frozenset())
+        spec, config = run_settings(SIMULATOR, name, TrainConfig(), "cnn", drawn)
+        algorithm = build(name, Adam(), config.options)
+        assert set(config.hyper) <= set(algorithm.info.hyper)
+        assert spec.classes == len(SIMULATOR.label_names)
+        if number < 3:
+            values = {key: torch.tensor(float(value)) for key, value in config.hyper.items()}
+            given = {**hyper(algorithm), **values, "lr": torch.tensor(config.lr)}
+            state, _ = algorithm.step(started(algorithm), batch(algorithm), given, torch.tensor(number))
+            assert all(bool(torch.isfinite(p).all()) for p in state.params.values())
+
+
+def test_every_setting_is_searched_but_those_of_schedules_modes_and_forms() -> None:
+    kept = {
+        "mode", "pairing", "bandwidths", "method", "form", "features@sot",
+        "teacher_steps", "average_from", "radius_passes", "inner_lr", "entropy", "smoothing",
+    }  # fmt: skip
+    for name, kind in ALGORITHMS.items():
+        own = {s for s in (*kind.info.hyper, *kind.info.options) if not {s, f"{s}@{name}"} & kept}
+        assert own == set(RANGES.get(name, {})), name
+
+
+def test_a_choice_is_drawn_from_all_its_values() -> None:
+    drawn = [dict(s.split("=") for s in drawn_settings("diversify", n, frozenset())) for n in range(1, 100)]
+    assert {one["latent_domains"] for one in drawn} == {"2", "3", "5", "10", "20"}
+    assert {one["local_passes"] for one in drawn} == {"1", "3", "5", "10", "30"}
+    assert {float(one["reversal"]) for one in drawn} == {0.1, 1.0, 10.0}
 
 
 def test_the_command_makes_the_run_again() -> None:
