@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -18,6 +18,22 @@ if TYPE_CHECKING:
     from wearfleet_cloud.export.ood_score import OodMethod
 
 __all__ = ["register"]
+
+BACKBONE_NAMES: Final = (
+    "cnn",
+    "cnn-small",
+    "cnn-large",
+    "cnn-plain",
+    "cnn-plain-3",
+    "transformer",
+    "transformer-strict",
+    "patch-transformer",
+    "deep-conv-lstm",
+    "resnet",
+    "lag-cnn",
+    "lag-transformer",
+)
+"""Keys of ``wearfleet_models.BACKBONES``, which needs torch to be read."""
 
 DatasetOption = Annotated[
     str, typer.Option("--dataset", help="Name of the data set, or a .py file that describes one.")
@@ -63,7 +79,9 @@ def _train(
         str,
         typer.Option("--algorithm", help="See: wearfleet-cloud algorithms; or a .py file that holds one."),
     ] = "erm",
-    backbone: Annotated[str, typer.Option("--backbone", help="cnn or transformer.")] = "cnn",
+    backbone: Annotated[
+        str, typer.Option("--backbone", help=f"One of: {', '.join(BACKBONE_NAMES)}.")
+    ] = "cnn",
     steps: Annotated[int, typer.Option("--steps", help="Number of updates.")] = 3000,
     seed: SeedOption = 0,
     device: Annotated[str, typer.Option("--device", help="Of torch: cpu, cuda, cuda:1.")] = "cpu",

@@ -20,7 +20,13 @@ def _pair(text: str) -> tuple[float, float]:
     return float(first), float(second)
 
 
-_MODEL: Final[Mapping[str, Callable[[str], object]]] = {"kernel": int, "dropout": float, "feedforward": int}
+_MODEL: Final[Mapping[str, Callable[[str], object]]] = {
+    "kernel": int,
+    "dropout": float,
+    "feedforward": int,
+    "neck": str,
+    "neck_width": int,
+}
 _TRAINING: Final[Mapping[str, Callable[[str], object]]] = {
     "batch": int,
     "lr": float,
@@ -30,6 +36,7 @@ _TRAINING: Final[Mapping[str, Callable[[str], object]]] = {
     "weight_decay": float,
     "evaluate_every": int,
     "split": str,
+    "standardise": str,
     "selection": str,
 }
 
@@ -56,7 +63,7 @@ def run_settings(
         dataset: gives the shape of the windows.
         algorithm: its hyper-parameters and options can be set too.
         config: what the settings are laid over.
-        backbone: "cnn" or "transformer".
+        backbone: a key of ``BACKBONES``.
         settings: "name=value" each; the later of two wins.
 
     Raises:

@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner, Result
 from wearfleet_cloud.algorithms import ALGORITHMS
 from wearfleet_cloud.cli import train as commands
+from wearfleet_models import BACKBONES
 from wearfleet_protos.errors import ConfigError, NotFoundError
 
 _USER_DATA = """
@@ -112,3 +113,7 @@ def test_help_does_not_load_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_names_every_backbone() -> None:
+    assert set(commands.BACKBONE_NAMES) == set(BACKBONES)
