@@ -1,13 +1,15 @@
 """What a federated strategy is: a client program above, a server fold below."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, Self
 
 from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, moved
+from wearfleet_cloud.federated.cohort import Buffering
+from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.training_options import LocalTraining
 
 if TYPE_CHECKING:
@@ -87,6 +89,17 @@ class Strategy(Protocol):
     def averaging(self) -> Averaging:
         """How updates are combined."""
 
+    @property
+    def buffering(self) -> Buffering | None:
+        """How asynchronous updates are collected; None: in synchronous rounds."""
+
+    @property
+    def privacy(self) -> PrivacyOptions:
+        """What is clipped and noised; ``privacy.central.fold`` applies it around :meth:`server`."""
+
+    def averaged_by(self, averaging: Averaging) -> Self:
+        """The same strategy with another rule for combining updates."""
+
     def network(self, model: "Classifier", seed: int) -> "Classifier":
         """The network that is trained, made from another; the same, unless the strategy adds layers or freezes some.
 
@@ -145,11 +158,22 @@ class AveragingStrategy:
     Args:
         local: training of a client.
         averaging: how updates are combined.
+        privacy: what is clipped and noised.
     """
 
     info: ClassVar[StrategyInfo]
     local: LocalTraining = field(default_factory=LocalTraining)
     averaging: Averaging = field(default_factory=Averaging)
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
+
+    @property
+    def buffering(self) -> Buffering | None:
+        """None: in synchronous rounds."""
+        return None
+
+    def averaged_by(self, averaging: Averaging) -> Self:
+        """As ``Strategy.averaged_by``."""
+        return replace(self, averaging=averaging)
 
     def network(self, model: "Classifier", seed: int) -> "Classifier":  # noqa: ARG002 - nothing is added
         """The model itself."""

@@ -40,6 +40,10 @@ UNSOUND_PAIRS: Final[Mapping[frozenset[str], str]] = {
         "masked words must be summed coordinate by coordinate, and a codec encodes every client's differently; secure "
         "aggregation quantises by itself, so leave the codec at float32"
     ),
+    frozenset({"secagg", "central_dp"}): (
+        "under secure aggregation the server sees only a sum and cannot clip a client's update; use local privacy, whose "
+        "clip and noise are the device's"
+    ),
     frozenset({"central_dp", "robust"}): (
         "the noise is calibrated for a mean of clipped updates, and one client can move what a robust rule selects by "
         "more than that; clipping already bounds every client, so use rule=mean, or local or record-level privacy"
@@ -56,6 +60,10 @@ _UNSOUND_WITH: Final[Mapping[tuple[str, str], str]] = {
         "a rule that leaves an update out breaks the sum of the control variates; use fedavg or fednova"
     ),
     ("scaffold", "async"): "a control variate belongs to the model its client started from; use fedavg",
+    ("fednova", "central_dp"): (
+        "tau_eff depends on the steps of every client, so one client scales what all others send and clipping does not "
+        "bound it; use fedavg or fedprox"
+    ),
     ("fednova", "async"): "updates are normalised by the steps of all clients of a round; use fedavg",
     **{
         ("local", addition): "nothing is uploaded, so there is nothing to do it to; leave it off"

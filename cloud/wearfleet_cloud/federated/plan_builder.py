@@ -19,6 +19,7 @@ from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.client_program import ClientPhase, ClientProgram
 from wearfleet_cloud.federated.plan_compiler import OUTPUT_PREFIX, CompiledGraph, compile_graph
 from wearfleet_cloud.federated.plan_layers import with_plan_layers
+from wearfleet_cloud.federated.privacy.central import check_private
 
 __all__ = ["DEFAULT_BUDGET", "build_plan"]
 
@@ -53,6 +54,7 @@ def build_plan(
     """
     _check_contract(model, contract)
     program = strategy.client(with_plan_layers(model))
+    check_private(strategy, program.tensors)
     compiled: dict[int, CompiledGraph] = {}
     for phase in program.phases:
         if id(phase.step) not in compiled:

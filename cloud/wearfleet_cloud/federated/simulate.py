@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from wearfleet_models.classifier import Classifier
 from wearfleet_protos.errors import AggregationError, ConfigError, ShapeError
+from wearfleet_protos.plan import rng_key
 from wearfleet_protos.tensors import TensorSpec, check_finite
 
 from wearfleet_cloud.data.dataset import Progress, silent
@@ -20,12 +21,15 @@ from wearfleet_cloud.federated.aggregate import Arrays, Contribution
 from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.cohort import CohortPolicy, select_cohort
 from wearfleet_cloud.federated.fedavg import FedAvg
+from wearfleet_cloud.federated.privacy.central import check_private, fold
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 from wearfleet_cloud.federated.stacked_clients import ClientRound, Runner, downloaded_specs
 
 __all__ = ["Mode", "Outcome", "Population", "RoundFigures", "Simulation", "simulate"]
 
 _EVALUATED_AT_ONCE = 1024
+_NOISE = 0xD1F
+"""Keeps the noise of privacy apart from other random numbers. It comes from the seed: a simulation protects nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +135,10 @@ def simulate(
 
     Raises:
         AggregationError: a round's average is not finite; training diverged.
+        ConfigError: the strategy's privacy cannot protect what it uploads.
     """
     runner = runner_of(strategy)
+    check_private(strategy, runner.specs)
     tensors, state = _first_tensors(model, runner.specs), dict[str, NDArray[np.generic]]()
     kept: dict[str, Arrays] = {}
     figures = []
@@ -141,7 +147,9 @@ def simulate(
         names = select_cohort(by_name.keys(), simulation.cohort, seed=simulation.seed, round_number=number)
         received = [strategy.received(name, tensors, state) for name in names]
         results = runner.run(number, [by_name[name] for name in names], received, kept)
-        folded = strategy.server(runner.specs, tensors, state, [_contribution(r) for r in results])
+        noise = np.random.Generator(np.random.PCG64(rng_key(simulation.seed, number, _NOISE, 0)))
+        updates = [_contribution(r) for r in results]
+        folded = fold(strategy, runner.specs, tensors, state, updates, generator=noise)
         try:
             check_finite(folded.tensors)
         except ShapeError as error:

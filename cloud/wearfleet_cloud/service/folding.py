@@ -7,6 +7,7 @@ from wearfleet_protos.errors import AggregationError, ShapeError
 from wearfleet_protos.tensors import Digest, check_finite, decode_tensors, encode_tensors
 
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution
+from wearfleet_cloud.federated.privacy.central import fold
 from wearfleet_cloud.federated.round import Receipt, Round
 from wearfleet_cloud.service.run_context import ActiveRun
 from wearfleet_cloud.service.updates import UpdateStore
@@ -56,7 +57,8 @@ class Folding:
             NotFoundError: an update, the global tensors or the server's state are gone.
             IntegrityError: a file was changed.
         """
-        averaged = run.strategy.server(
+        averaged = fold(
+            run.strategy,
             run.plan.tensors,
             self._tensors(run, current.base),
             decode_tensors(self._blobs.read(Digest(current.base_state))) if current.base_state else {},

@@ -20,6 +20,7 @@ from wearfleet_protos.tensors import (
 )
 
 from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated.privacy.central import check_private
 from wearfleet_cloud.fleet.registry import ONNX_MEDIA_TYPE
 from wearfleet_cloud.fleet.signing import SigningKeys
 from wearfleet_cloud.service.run_context import RunSettings
@@ -93,9 +94,9 @@ def start_run(
     Raises:
         IntegrityError: a graph is missing or is not what the plan says.
         ShapeError: the start values do not fit the plan, or are not finite.
-        ConfigError: the strategy does not know an option.
+        ConfigError: the strategy does not know an option, or its privacy cannot protect what the plan uploads.
     """
-    create_strategy(plan.strategy, settings.options)
+    check_private(create_strategy(plan.strategy, settings.options), plan.tensors)
     _check_graphs(plan, graphs)
     check_tensors(tensors, plan.download_specs())
     check_finite(tensors)

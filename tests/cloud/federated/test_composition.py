@@ -14,6 +14,7 @@ UNSOUND = {
     ("scaffold", "robust"),
     ("scaffold", "async"),
     ("fednova", "async"),
+    ("fednova", "central_dp"),  # section 21 allows it; see composition.py
     *(("local", addition) for addition in ("secagg", "central_dp", "local_dp", "robust", "compression")),
 }
 """Of specs/federated.md section 21, written again by hand."""
@@ -24,6 +25,7 @@ UNSOUND_TOGETHER = {
         ("secagg", "robust"),
         ("secagg", "async"),
         ("secagg", "compression"),
+        ("secagg", "central_dp"),
         ("central_dp", "robust"),
         ("central_dp", "async"),
     )
