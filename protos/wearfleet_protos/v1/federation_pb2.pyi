@@ -12,6 +12,7 @@ import google.protobuf.message
 import sys
 import typing
 import wearfleet_protos.v1.artifact_pb2
+import wearfleet_protos.v1.secagg_pb2
 
 if sys.version_info >= (3, 10):
     import typing as typing_extensions
@@ -31,6 +32,10 @@ class _TaskKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """Train and upload an update."""
     TASK_KIND_PERSONALISE: _TaskKind.ValueType  # 2
     """Train on the final global tensors, keep the result on the device, send only metrics."""
+    TASK_KIND_TRAIN_SECURELY: _TaskKind.ValueType  # 3
+    """Train and upload an update that only the sum of all can be read from; see secure. An agent that does not know this
+    kind refuses the task, and so never sends its update in the clear.
+    """
 
 class TaskKind(_TaskKind, metaclass=_TaskKindEnumTypeWrapper): ...
 
@@ -39,6 +44,10 @@ TASK_KIND_TRAIN: TaskKind.ValueType  # 1
 """Train and upload an update."""
 TASK_KIND_PERSONALISE: TaskKind.ValueType  # 2
 """Train on the final global tensors, keep the result on the device, send only metrics."""
+TASK_KIND_TRAIN_SECURELY: TaskKind.ValueType  # 3
+"""Train and upload an update that only the sum of all can be read from; see secure. An agent that does not know this
+kind refuses the task, and so never sends its update in the clear.
+"""
 Global___TaskKind: typing_extensions.TypeAlias = TaskKind
 
 class _TaskStage:
@@ -104,6 +113,8 @@ class FederatedTask(google.protobuf.message.Message):
     DEADLINE_UNIX_NS_FIELD_NUMBER: builtins.int
     REMAINING_SECONDS_FIELD_NUMBER: builtins.int
     STREAMED_BYTES_FIELD_NUMBER: builtins.int
+    SECURE_FIELD_NUMBER: builtins.int
+    WITHOUT_FIGURES_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     round: builtins.int
     """From 1."""
@@ -124,6 +135,12 @@ class FederatedTask(google.protobuf.message.Message):
     """So many bytes of tensors_digest (all of them) come in chunks, the first in this message; 0 when the device downloads
     them.
     """
+    without_figures: builtins.bool
+    """Send no metrics, counts or times with the result."""
+    @property
+    def secure(self) -> wearfleet_protos.v1.secagg_pb2.SecureSetup:
+        """With TASK_KIND_TRAIN_SECURELY."""
+
     def __init__(
         self,
         *,
@@ -138,8 +155,11 @@ class FederatedTask(google.protobuf.message.Message):
         deadline_unix_ns: builtins.int = ...,
         remaining_seconds: builtins.float = ...,
         streamed_bytes: builtins.int = ...,
+        secure: wearfleet_protos.v1.secagg_pb2.SecureSetup | None = ...,
+        without_figures: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "deadline_unix_ns", b"deadline_unix_ns", "kind", b"kind", "plan_bytes", b"plan_bytes", "plan_digest", b"plan_digest", "remaining_seconds", b"remaining_seconds", "round", b"round", "run_id", b"run_id", "streamed_bytes", b"streamed_bytes", "tensors_bytes", b"tensors_bytes", "tensors_digest", b"tensors_digest"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["secure", b"secure"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "deadline_unix_ns", b"deadline_unix_ns", "kind", b"kind", "plan_bytes", b"plan_bytes", "plan_digest", b"plan_digest", "remaining_seconds", b"remaining_seconds", "round", b"round", "run_id", b"run_id", "secure", b"secure", "streamed_bytes", b"streamed_bytes", "tensors_bytes", b"tensors_bytes", "tensors_digest", b"tensors_digest", "without_figures", b"without_figures"]) -> None: ...
 
 Global___FederatedTask: typing_extensions.TypeAlias = FederatedTask
 
@@ -359,54 +379,64 @@ Global___DeclineTaskResponse: typing_extensions.TypeAlias = DeclineTaskResponse
 
 @typing.final
 class WorkRequest(google.protobuf.message.Message):
-    """A poll or a submission, or the next chunk of a submission's update; the first chunk is in the submission's own message."""
+    """A poll, a submission or an answer of secure aggregation, or the next chunk of a submission's update; the first chunk is
+    in the submission's own message.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     POLL_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     SUBMIT_FIELD_NUMBER: builtins.int
+    SECURE_FIELD_NUMBER: builtins.int
     @property
     def poll(self) -> Global___PollTaskRequest: ...
     @property
     def chunk(self) -> wearfleet_protos.v1.artifact_pb2.Chunk: ...
     @property
     def submit(self) -> Global___SubmitUpdateRequest: ...
+    @property
+    def secure(self) -> wearfleet_protos.v1.secagg_pb2.SecureRequest: ...
     def __init__(
         self,
         *,
         poll: Global___PollTaskRequest | None = ...,
         chunk: wearfleet_protos.v1.artifact_pb2.Chunk | None = ...,
         submit: Global___SubmitUpdateRequest | None = ...,
+        secure: wearfleet_protos.v1.secagg_pb2.SecureRequest | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "submit", b"submit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "submit", b"submit"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "secure", b"secure", "submit", b"submit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "secure", b"secure", "submit", b"submit"]) -> None: ...
 
 Global___WorkRequest: typing_extensions.TypeAlias = WorkRequest
 
 @typing.final
 class WorkResponse(google.protobuf.message.Message):
-    """The answer to a poll or a submission, or the next chunk of a task's tensors; the first chunk is in the task's own message."""
+    """The answer to one of them, or the next chunk of a task's tensors; the first chunk is in the task's own message."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CHUNK_FIELD_NUMBER: builtins.int
     POLL_FIELD_NUMBER: builtins.int
     RECEIPT_FIELD_NUMBER: builtins.int
+    SECURE_FIELD_NUMBER: builtins.int
     @property
     def chunk(self) -> wearfleet_protos.v1.artifact_pb2.Chunk: ...
     @property
     def poll(self) -> Global___PollTaskResponse: ...
     @property
     def receipt(self) -> Global___SubmitUpdateResponse: ...
+    @property
+    def secure(self) -> wearfleet_protos.v1.secagg_pb2.SecureResponse: ...
     def __init__(
         self,
         *,
         chunk: wearfleet_protos.v1.artifact_pb2.Chunk | None = ...,
         poll: Global___PollTaskResponse | None = ...,
         receipt: Global___SubmitUpdateResponse | None = ...,
+        secure: wearfleet_protos.v1.secagg_pb2.SecureResponse | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "receipt", b"receipt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "receipt", b"receipt"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "receipt", b"receipt", "secure", b"secure"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "poll", b"poll", "receipt", b"receipt", "secure", b"secure"]) -> None: ...
 
 Global___WorkResponse: typing_extensions.TypeAlias = WorkResponse
