@@ -41,8 +41,8 @@ UNSOUND_PAIRS: Final[Mapping[frozenset[str], str]] = {
         "aggregation quantises by itself, so leave the codec at float32"
     ),
     frozenset({"secagg", "central_dp"}): (
-        "under secure aggregation the server sees only a sum and cannot clip a client's update; use local privacy, whose "
-        "clip and noise are the device's"
+        "under secure aggregation the server sees only a sum and cannot clip a client's update; use local privacy, "
+        "whose clip and noise are the device's"
     ),
     frozenset({"central_dp", "robust"}): (
         "the noise is calibrated for a mean of clipped updates, and one client can move what a robust rule selects by "

@@ -23,7 +23,7 @@ class PrivacyOptions:
         expected_cohort: the fixed denominator: how many updates a round is expected to have.
         count_noise: standard deviation of the noise in the count of updates that adaptive clipping uses; 0 for a
             twentieth of ``expected_cohort``.
-        delta: probability that the stated epsilon does not hold; less than one over the number of wearers.
+        dp_delta: probability that the stated epsilon does not hold; less than one over the number of wearers.
         max_epsilon: a wearer whose budget another round would exceed is not asked; inf for no limit.
 
     Raises:
@@ -36,7 +36,7 @@ class PrivacyOptions:
     adaptive_clip: str = "off"
     expected_cohort: int = 0
     count_noise: float = 0.0
-    delta: float = 1e-5
+    dp_delta: float = 1e-5
     max_epsilon: float = math.inf
 
     def __post_init__(self) -> None:
@@ -46,10 +46,10 @@ class PrivacyOptions:
             raise ConfigError(f"adaptive_clip must be on or off, got {self.adaptive_clip!r}")
         if not 0.0 <= self.noise_multiplier < math.inf:
             raise ConfigError(f"noise_multiplier must be at least 0, got {self.noise_multiplier}")
-        if not self.clip > 0.0 or not 0.0 < self.delta < 1.0 or not self.max_epsilon > 0.0:
+        if not self.clip > 0.0 or not 0.0 < self.dp_delta < 1.0 or not self.max_epsilon > 0.0:
             raise ConfigError(
-                "clip and max_epsilon must be above 0 and delta between 0 and 1, "
-                f"got {self.clip}, {self.max_epsilon} and {self.delta}"
+                "clip and max_epsilon must be above 0 and dp_delta between 0 and 1, "
+                f"got {self.clip}, {self.max_epsilon} and {self.dp_delta}"
             )
         if self.dp == "central":
             self._check_central()
