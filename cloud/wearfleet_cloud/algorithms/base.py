@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from wearfleet_models import Classifier, ModelSpec
+from wearfleet_protos.errors import ConfigError
 
 from wearfleet_cloud.training.optimisers import Optimiser
 
@@ -105,7 +106,7 @@ class AlgorithmInfo:
         inference: network that is exported.
         hyper: defaults of the hyper-parameters ``step`` reads besides "lr".
         options: choices that change the form of the step, the default first; fields of the algorithm's class.
-        neck: of the network, a key of ``wearfleet_models.NECKS``.
+        neck: that the algorithm works on, a key of ``wearfleet_models.NECKS``; "none" takes the one asked for.
         sampling: "per-domain" draws from each source domain with replacement, "pooled" goes through all windows
             of all domains in random order, pass after pass.
         alone: why runs of it cannot be stacked; empty when they can.
@@ -154,8 +155,16 @@ class Algorithm(ABC):
             spec: backbone and sizes.
             domains: D, number of source domains.
             options: choices that differ from the default.
+
+        Raises:
+            ConfigError: another neck was asked for than the algorithm's own.
         """
-        return replace(spec, neck=cls.info.neck)
+        own = cls.info.neck
+        if own == "none":
+            return spec
+        if spec.neck not in {"none", own}:
+            raise ConfigError(f"{cls.info.name} works on a {own}, not on neck {spec.neck!r}; leave neck out")
+        return replace(spec, neck=own)
 
     def modules(self) -> dict[str, nn.Module]:
         """Freshly initialised modules that only training needs, by part name; in training mode."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from wearfleet_protos.errors import ConfigError
 
+from wearfleet_cloud.data.standardisation import STANDARDISATIONS
 from wearfleet_cloud.training.optimisers import Adam, Lars, Optimiser, Sgd
 from wearfleet_cloud.training.selection import RULES, SOURCE_VALIDATION
 
@@ -27,6 +28,8 @@ class TrainConfig:
         seed: of the initial weights and of every random number of the run.
         evaluate_every: steps between evaluations, which are also the checkpoints.
         split: rule that makes the source-validation sets: "block" of time, "person" or "stratified".
+        standardise: what is done to every channel before the network, a key of ``STANDARDISATIONS``; fitted on the
+            training windows of the sources and part of the model.
         selection: rule that chooses the step whose tensors are kept, a key of ``RULES``.
         hyper: hyper-parameters of the algorithm that differ from their defaults.
         options: options of the algorithm that differ from their defaults.
@@ -46,6 +49,7 @@ class TrainConfig:
     seed: int = 0
     evaluate_every: int = 100
     split: str = "block"
+    standardise: str = "zscore"
     selection: str = SOURCE_VALIDATION
     hyper: Mapping[str, float] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
@@ -61,6 +65,10 @@ class TrainConfig:
             raise ConfigError(f"the seed must be between 0 and 2**31 - 1, got {self.seed}")
         if self.selection not in RULES:
             raise ConfigError(f"unknown selection rule {self.selection!r}; known: {', '.join(RULES)}")
+        if self.standardise not in STANDARDISATIONS:
+            raise ConfigError(
+                f"unknown standardisation {self.standardise!r}; known: {', '.join(STANDARDISATIONS)}"
+            )
         self.build_optimiser()
 
     def build_optimiser(self) -> Optimiser:

@@ -12,7 +12,7 @@ from wearfleet_protos.errors import ConfigError, DataError, ShapeError
 
 from wearfleet_cloud.algorithms import Algorithm, algorithm_info, build_algorithm, network_of
 from wearfleet_cloud.data.scenarios import Scenario, SourceSplit, split_sources
-from wearfleet_cloud.data.standardisation import standardisation_of
+from wearfleet_cloud.data.standardisation import STANDARDISATIONS
 from wearfleet_cloud.training.config import TrainConfig
 
 __all__ = ["Run", "plan_run"]
@@ -43,7 +43,7 @@ class Run:
         config, domains = self.config, len(self.split.train)
         spec = network_of(self.algorithm, self.spec, domains, config.options)
         model = build_classifier(spec, config.seed)
-        mean, std = standardisation_of([domain.x for domain in self.split.train])
+        mean, std = STANDARDISATIONS[config.standardise]([domain.x for domain in self.split.train])
         model.standardise.mean.copy_(torch.from_numpy(mean))
         model.standardise.std.copy_(torch.from_numpy(std))
         return build_algorithm(

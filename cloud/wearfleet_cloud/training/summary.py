@@ -91,6 +91,7 @@ def _data(run: Run) -> dict[str, object]:
         "scenario_seed": scenario.seed,
         "source_domains": [domain.name for domain in scenario.sources],
         "split": run.config.split,
+        "standardise": run.config.standardise,
         "split_hash": run.split_hash(),
         "train_windows": sum(len(domain) for domain in split.train),
         "validation_windows": sum(len(domain) for domain in split.validation),

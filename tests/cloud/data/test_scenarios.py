@@ -10,7 +10,7 @@ from wearfleet_cloud.data.dataset import UNKNOWN_SUBJECT
 from wearfleet_cloud.data.prepared import Prepared, prepare
 from wearfleet_cloud.data.scenarios import cross_person, person_groups, split_sources
 from wearfleet_cloud.data.simulator import Simulation, simulated_dataset
-from wearfleet_cloud.data.standardisation import standardisation_of
+from wearfleet_cloud.data.standardisation import STANDARDISATIONS, ranges_of, standardisation_of, untouched
 from wearfleet_cloud.data.three_way import three_way
 from wearfleet_protos.errors import ConfigError, DataError, NotFoundError, ShapeError
 
@@ -127,15 +127,38 @@ def test_standardisation_survives_a_large_offset_and_a_constant_channel() -> Non
     np.testing.assert_allclose(std, [0.5, 1.0], rtol=1e-5)
 
 
+def test_ranges_bring_training_windows_to_0_to_1_and_a_constant_channel_to_0() -> None:
+    generator = np.random.default_rng(0)
+    parts = [generator.normal(5.0, 3.0, (n, 3, 7)).astype(np.float32) for n in (3, 0, 5)]
+    for part in parts:
+        part[:, 2] = 42.0
+    low, span = ranges_of(parts)
+    scaled = (np.concatenate(parts) - low[:, None]) / span[:, None]
+    np.testing.assert_array_equal(scaled.min(axis=(0, 2)), [0.0, 0.0, 0.0])
+    np.testing.assert_array_equal(scaled.max(axis=(0, 2)), [1.0, 1.0, 0.0])
+
+
+def test_no_standardisation_leaves_every_bit_of_a_window() -> None:
+    x = np.random.default_rng(0).normal(5.0, 3.0, (4, 2, 7)).astype(np.float32)
+    mean, std = untouched(x)
+    np.testing.assert_array_equal((x - mean[:, None]) / std[:, None], x)
+
+
+@pytest.mark.parametrize("name", STANDARDISATIONS)
 @pytest.mark.parametrize(
     "x",
     [
         [],
         np.zeros((0, 2, 3), np.float32),
         np.zeros((2, 3), np.float32),
-        np.full((1, 2, 3), np.nan, np.float32),
     ],
 )
-def test_standardisation_refuses_what_has_no_moments(x: np.ndarray) -> None:
+def test_a_standardisation_refuses_what_is_no_windows(name: str, x: np.ndarray) -> None:
     with pytest.raises(ShapeError):
-        standardisation_of(x)
+        STANDARDISATIONS[name](x)
+
+
+@pytest.mark.parametrize("fit", [standardisation_of, ranges_of])
+def test_a_standardisation_that_is_fitted_refuses_nan(fit) -> None:
+    with pytest.raises(ShapeError, match="NaN"):
+        fit(np.full((1, 2, 3), np.nan, np.float32))

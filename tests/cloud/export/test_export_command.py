@@ -72,6 +72,22 @@ def test_run_becomes_checked_files_and_one_json_document(run, cache, tmp_path):
     assert small.model_id == "gait-int8"
 
 
+@pytest.mark.parametrize("standardise", ["none", "min-max"])
+def test_export_agrees_with_torch_however_windows_were_standardised(cache, tmp_path, standardise):
+    dataset = dataset_named("simulator")
+    scenario = cross_person(prepare(dataset, None, cache), 0, seed=4)
+    config = TrainConfig(steps=40, seed=4, evaluate_every=40, standardise=standardise)
+    train(scenario, "erm", model_spec_for(dataset), config, tmp_path / "run")
+    out = tmp_path / "model.onnx"
+    code, text, error = invoke(
+        "--run", tmp_path / "run", "--out", out, "--cache-dir", cache, "--model-id", "gait", "--json"
+    )
+    assert (code, error) == (0, None)
+    parity = json.loads(text)["parity"]
+    assert parity["argmax_agreement"] == 1.0
+    assert all(output["max_abs_difference"] <= output["tolerance"] for output in parity["outputs"])
+
+
 def test_report_for_people_names_the_parity_and_that_people_were_simulated(run, cache, tmp_path):
     code, text, _ = invoke(
         "--run", run, "--out", tmp_path / "model.onnx", "--cache-dir", cache, "--ood-method", "energy"

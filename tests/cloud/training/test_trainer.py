@@ -200,6 +200,7 @@ def test_wrong_requests_are_refused_before_anything_is_written(
         {"seed": -1},
         {"optimiser": "lbfgs"},
         {"selection": "last"},
+        {"standardise": "minmax"},
         {"momentum": 1.0, "optimiser": "sgd"},
     ],
 )
@@ -210,9 +211,19 @@ def test_settings_out_of_range_are_refused(wrong: dict) -> None:
 
 def test_settings_reach_the_part_they_belong_to(small_scenario: Scenario) -> None:
     dataset = small_scenario.prepared.dataset
-    settings = ["lr=0.5", "kernel=5", "alpha=2", "pairing=domain", "betas=0.5,0.9", "lr=0.25"]
+    settings = [
+        "neck=bottleneck",
+        "standardise=none",
+        "lr=0.5",
+        "kernel=5",
+        "alpha=2",
+        "pairing=domain",
+        "betas=0.5,0.9",
+        "lr=0.25",
+    ]
     spec, config = run_settings(dataset, "mixup", _CONFIG, "cnn", settings)
     assert (spec.kernel, config.lr, config.betas, config.steps) == (5, 0.25, (0.5, 0.9), 45)
+    assert (spec.neck, config.standardise) == ("bottleneck", "none")
     assert (dict(config.hyper), dict(config.options)) == ({"alpha": 2.0}, {"pairing": "domain"})
 
 
@@ -230,6 +241,34 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run_settings(small_scenario.prepared.dataset, "erm", _CONFIG, "cnn", [setting])
+
+
+def test_unscaled_windows_make_another_run_whose_model_says_so(
+    small_scenario: Scenario, tmp_path: Path
+) -> None:
+    scaled = _train(small_scenario, tmp_path / "scaled")
+    raw = _train(small_scenario, tmp_path / "raw", config=replace(_CONFIG, standardise="none"))
+    assert [run.summary["standardise"] for run in (scaled, raw)] == ["zscore", "none"]
+    assert _rows(tmp_path / "raw") != _rows(tmp_path / "scaled")
+    kept = load_model(tmp_path / "raw").standardise
+    assert bool((kept.mean == 0).all())
+    assert bool((kept.std == 1).all())
+    assert bool((scaled.model.standardise.std != 1).all())
+
+
+def test_a_baseline_can_be_given_a_bottleneck(small_scenario: Scenario, tmp_path: Path) -> None:
+    spec = replace(model_spec_for(small_scenario.prepared.dataset), neck="bottleneck", neck_width=7)
+    result = train(small_scenario, "erm", spec, replace(_CONFIG, steps=5), tmp_path)
+    assert result.model.head.in_features == 7
+    assert load_model(tmp_path).spec == result.model.spec == spec
+
+
+def test_an_algorithm_with_a_neck_of_its_own_refuses_another(
+    small_scenario: Scenario, tmp_path: Path
+) -> None:
+    spec = replace(model_spec_for(small_scenario.prepared.dataset), neck="dense")
+    with pytest.raises(ConfigError, match="fixed works on a bottleneck"):
+        train(small_scenario, "fixed", spec, _CONFIG, tmp_path)
 
 
 def test_usc_had_has_its_own_kernel() -> None:
