@@ -14,6 +14,7 @@ from wearfleet_cloud.federated.fedadam import FedAdam
 from wearfleet_cloud.federated.fedavg import FedAvg
 from wearfleet_cloud.federated.fedavgm import FedAvgM
 from wearfleet_cloud.federated.fedbn import FedBN
+from wearfleet_cloud.federated.fedbuff import FedBuff
 from wearfleet_cloud.federated.fedclip import FedClip
 from wearfleet_cloud.federated.fednova import FedNova
 from wearfleet_cloud.federated.fedper import FedPer
@@ -34,6 +35,7 @@ STRATEGIES: Final[Mapping[str, type[AveragingStrategy]]] = {
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,
     "fedbn": FedBN,
+    "fedbuff": FedBuff,
     "fedclip": FedClip,
     "fednova": FedNova,
     "fedper": FedPer,

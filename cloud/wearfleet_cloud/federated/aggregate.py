@@ -44,6 +44,7 @@ class Contribution:
         load: gives the uploaded tensors; called once, when it is this client's turn.
         num_steps: optimiser steps it made.
         scale: factor of what it trained; statistics of normalisation and counters are taken as they are.
+        staleness: versions that the global tensors have gone on since it started; 0 in synchronous rounds.
     """
 
     client: str
@@ -51,6 +52,7 @@ class Contribution:
     load: Callable[[], Arrays]
     num_steps: int = 0
     scale: float = 1.0
+    staleness: int = 0
 
 
 @dataclass(frozen=True, slots=True)
