@@ -59,7 +59,8 @@ class Federation:
 
     def client(self, name: str) -> tuple[PlanResult, Arrays]:
         """One client's part, from what the server and the device have."""
-        before = start_state(self.plan, dict(self.tensors), dict(self.local.get(name, {})))
+        received = self.strategy.received(name, self.tensors, self.state)
+        before = start_state(self.plan, dict(received), dict(self.local.get(name, {})))
         data = TrainingData(self.clients[name]["train"], self.clients[name]["holdout"])
         result = run_plan(self.plan, self.graphs, before, data, round_number=self.number, limits=LIMITS)
         return result, upload_tensors(self.plan, before, result.state)

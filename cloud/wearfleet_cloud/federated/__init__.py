@@ -11,10 +11,10 @@ from wearfleet_cloud.federated.composition import check_composition
 from wearfleet_cloud.federated.ditto import Ditto
 from wearfleet_cloud.federated.fedadagrad import FedAdagrad
 from wearfleet_cloud.federated.fedadam import FedAdam
+from wearfleet_cloud.federated.fedap import FedAP
 from wearfleet_cloud.federated.fedavg import FedAvg
 from wearfleet_cloud.federated.fedavgm import FedAvgM
 from wearfleet_cloud.federated.fedbn import FedBN
-from wearfleet_cloud.federated.fedbuff import FedBuff
 from wearfleet_cloud.federated.fedclip import FedClip
 from wearfleet_cloud.federated.fednova import FedNova
 from wearfleet_cloud.federated.fedper import FedPer
@@ -32,10 +32,10 @@ STRATEGIES: Final[Mapping[str, type[AveragingStrategy]]] = {
     "ditto": Ditto,
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
+    "fedap": FedAP,
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,
     "fedbn": FedBN,
-    "fedbuff": FedBuff,
     "fedclip": FedClip,
     "fednova": FedNova,
     "fedper": FedPer,

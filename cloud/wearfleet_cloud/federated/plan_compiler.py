@@ -99,7 +99,10 @@ def _trace(step: Step, example: Mapping[str, Tensor]) -> tuple[GraphModule, tupl
                 raise ConfigError(f"result {name!r} of a plan's step is an unchanged input; leave it out")
         return list(results.values())
 
-    module = make_fx(positional, decomposition_table=decompositions(), tracing_mode="fake")(*example.values())
+    traced = make_fx(  # tensors that a step holds itself become constants of the graph
+        positional, decomposition_table=decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True
+    )
+    module = traced(*example.values())
     module.graph.eliminate_dead_code()
     return module, tuple(names)
 
