@@ -15,6 +15,7 @@ from wearfleet_cloud.federated.fedap import FedAP
 from wearfleet_cloud.federated.fedavg import FedAvg
 from wearfleet_cloud.federated.fedavgm import FedAvgM
 from wearfleet_cloud.federated.fedbn import FedBN
+from wearfleet_cloud.federated.fedbuff import FedBuff
 from wearfleet_cloud.federated.fedclip import FedClip
 from wearfleet_cloud.federated.fednova import FedNova
 from wearfleet_cloud.federated.fedper import FedPer
@@ -36,6 +37,7 @@ STRATEGIES: Final[Mapping[str, type[AveragingStrategy]]] = {
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,
     "fedbn": FedBN,
+    "fedbuff": FedBuff,
     "fedclip": FedClip,
     "fednova": FedNova,
     "fedper": FedPer,
