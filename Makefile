@@ -44,7 +44,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/pip install --quiet -e ".[cloud,edge,postgres,ray]" --group dev
+	$(BIN)/pip install --quiet -e ".[cloud,edge,postgres,privacy,ray]" --group dev
 	touch $@
 
 .PHONY: system-packages
