@@ -24,7 +24,13 @@ from wearfleet_protos.messages import ClockQuality
 from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.federated import Device, FederatedWorker
 from wearfleet_edge.heartbeat import Heartbeat, renew_if_due
-from wearfleet_edge.identity import Broker, Enrolment, load_enrolment, require_valid_certificate
+from wearfleet_edge.identity import (
+    Broker,
+    Enrolment,
+    load_enrolment,
+    require_valid_certificate,
+    secure_identity,
+)
 from wearfleet_edge.local_state import LocalState
 from wearfleet_edge.memory import release_memory, resident_bytes
 from wearfleet_edge.models import ActiveModel
@@ -46,6 +52,7 @@ from wearfleet_edge.wearer import Wearer
 
 if TYPE_CHECKING:
     from wearfleet_edge.config import AgentConfig
+    from wearfleet_edge.secagg_client import Member
     from wearfleet_edge.state import StateDirectory
 
 __all__ = ["Agent", "AgentOptions"]
@@ -325,7 +332,14 @@ class Agent:
             max_bytes=config.max_megabytes * 1e6,
             poll_seconds=config.poll_seconds,
             wait=self._stop.wait,
+            member=lambda: self._member(config.secure_minimum_cohort),
+            secure_only=config.secure_only,
         )
+
+    def _member(self, minimum_cohort: int) -> Member:
+        from wearfleet_edge.secagg_client import Member  # noqa: PLC0415  slow to import, not always needed
+
+        return Member(self._device_id, *secure_identity(self._state), minimum_cohort)
 
 
 def _load_wearer(config: AgentConfig) -> Wearer:

@@ -86,6 +86,8 @@ class FederationConfig:
         max_memory_mb: resident memory above which a plan is stopped.
         max_seconds: longest computation of one task, whatever its plan allows.
         max_megabytes: most bytes of one task on the wire, whatever its plan allows.
+        secure_minimum_cohort: with secure aggregation: join no smaller cohort, unmask no sum of fewer devices.
+        secure_only: send no update and no figure but in such a sum; other training tasks are turned down.
     """
 
     enabled: bool = True
@@ -94,6 +96,8 @@ class FederationConfig:
     max_memory_mb: float = 512.0
     max_seconds: float = 3600.0
     max_megabytes: float = 256.0
+    secure_minimum_cohort: int = 10
+    secure_only: bool = False
 
     def __post_init__(self) -> None:
         _check(
@@ -103,6 +107,10 @@ class FederationConfig:
         _check(
             min(self.max_memory_mb, self.max_seconds, self.max_megabytes) > 0,
             "federation limits must be positive",
+        )
+        _check(
+            self.secure_minimum_cohort >= 3,
+            f"federation.secure_minimum_cohort must be at least 3, got {self.secure_minimum_cohort}",
         )
 
 

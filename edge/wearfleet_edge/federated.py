@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from wearfleet_edge.artifacts import ArtifactStore
     from wearfleet_edge.models import ActiveModel
+    from wearfleet_edge.secagg_client import Member
+    from wearfleet_edge.secure_task import SecureTask
     from wearfleet_edge.slots import InstalledModel
     from wearfleet_edge.trainer import Limits, PlanResult, Tensors, TrainingData
     from wearfleet_edge.transport.cloud import Cloud
@@ -63,6 +65,8 @@ class Device:
         max_bytes: most bytes of one task on the wire.
         poll_seconds: how long to wait for a task at the server.
         wait: waits the given seconds and tells whether the agent stops.
+        member: this device in secure aggregation; made when a task asks for it.
+        secure_only: no update and no figure of this device is sent but in a secure sum.
     """
 
     keys: Mapping[str, bytes]
@@ -72,6 +76,8 @@ class Device:
     max_bytes: float
     poll_seconds: float
     wait: Callable[[float], bool]
+    member: Callable[[], Member]
+    secure_only: bool = False
 
 
 @dataclass(slots=True)
@@ -146,6 +152,8 @@ class FederatedWorker:
         self._backoff = backoff
         self._refused_attempt = ""
         self._plans = PlanStore(artifacts, device.keys)
+        self._secure: SecureTask | None = None
+        self._joined: dict[str, int] = {}
         self.progress = Progress()
 
     def step(self) -> float:
@@ -206,6 +214,7 @@ class FederatedWorker:
         local, was_reset = self._local.local_tensors(task.run_id, plan.local_specs())
         if not self._cloud.report_stage(task, Stage.FETCHED):
             return None
+        self._join(task, plan)
         before = start_state(plan, downloaded, local)
         self._cloud.report_stage(task, Stage.TRAINING)
         result = run_plan(
@@ -218,6 +227,35 @@ class FederatedWorker:
         )
         self.progress.train_seconds += result.seconds
         return self._result(task, plan, before, result, was_reset=was_reset, installed=installed)
+
+    def _join(self, task: Task, plan: Plan) -> None:
+        """Share keys with the others of a secure round; once a round, whatever the service says.
+
+        Raises:
+            DeniedError: this device was in that round before, the cohort is too small for it, or it sends nothing
+                without secure aggregation and the task has none.
+            WearfleetError: see ``SecureTask.share_keys``.
+        """
+        self._leave_secure()
+        if task.secure is None:
+            if self._device.secure_only and not task.personalise:
+                raise DeniedError(
+                    "this device sends updates with secure aggregation only (federation.secure_only)"
+                )
+            return
+        if task.round_number <= self._joined.get(task.run_id, 0):
+            raise DeniedError(f"this device shared keys for round {task.round_number} or a later one before")
+        from wearfleet_edge.secure_task import SecureTask  # noqa: PLC0415  slow to import
+
+        self._joined[task.run_id] = task.round_number
+        member, specs, wait = self._device.member(), plan.upload_specs(), self._device.wait
+        self._secure = SecureTask(self._cloud, task, member, specs, backoff=self._backoff, wait=wait)
+        self._secure.share_keys()
+
+    def _leave_secure(self) -> None:
+        if self._secure is not None:
+            self._secure.close()
+            self._secure = None
 
     def _fetch_plan(self, task: Task) -> Plan:
         plan = self._plans.fetch(task)
@@ -246,20 +284,26 @@ class FederatedWorker:
             personal, own = self._personalise(task, plan, result, installed)
             metrics |= {"personal/correct": float(own.correct), "personal/count": float(own.count)}
         else:
-            update = encode_tensors(upload_tensors(plan, before, result.state))
+            tensors = upload_tensors(plan, before, result.state)
+            update = (
+                encode_tensors(tensors)
+                if self._secure is None
+                else self._secure.masked(tensors, result.num_examples)
+            )
             names = [spec.name for spec in plan.local_specs()]
             local = encode_tensors({name: result.state[name] for name in names}) if names else b""
+        told = not task.without_figures and not self._device.secure_only
         submission = Submission(
             run_id=task.run_id,
             round_number=task.round_number,
             attempt_id=task.attempt_id,
             update_digest=digest_of(update) if update else "",
             base_digest=task.tensors_digest,
-            num_examples=result.num_examples,
-            num_steps=result.num_steps,
-            metrics=metrics,
-            train_seconds=result.seconds,
-            local_state_reset=was_reset,
+            num_examples=result.num_examples if told else 1,
+            num_steps=result.num_steps if told else 0,
+            metrics=metrics if told else {},
+            train_seconds=result.seconds if told else 0.0,
+            local_state_reset=was_reset and told,
         )
         return PendingResult(submission, update, local, personal)
 
@@ -293,6 +337,9 @@ class FederatedWorker:
         _LOG.info("round %d of %s is counted", submission.round_number, submission.run_id)
         if result.personal:
             self._use_personal()
+        if self._secure is not None and self._secure.attempt_id == submission.attempt_id:
+            self._secure.unmask()
+        self._leave_secure()
 
     def _hand_in(self, result: PendingResult) -> Receipt:
         receipt = with_retries(
@@ -309,6 +356,7 @@ class FederatedWorker:
         self.progress.last_error = reason
         _LOG.warning("round %d of %s does not count: %s", submission.round_number, submission.run_id, reason)
         self._local.discard()
+        self._leave_secure()
 
     def _use_personal(self) -> None:
         installed = self._active.installed

@@ -13,6 +13,8 @@ from wearfleet_edge.state import StateDirectory, atomic_write, read_json, write_
 
 if TYPE_CHECKING:
     from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from wearfleet_protos.secagg.identity import CertificateSigner, CertificateVerifier
 
 __all__ = [
     "Broker",
@@ -26,6 +28,7 @@ __all__ = [
     "require_valid_certificate",
     "save_certificate",
     "save_enrolment",
+    "secure_identity",
 ]
 
 
@@ -78,14 +81,8 @@ def make_signing_request(state: StateDirectory, common_name: str) -> bytes:
     """PKCS #10 request, DER, signed with the device's key; the authority decides the final name."""
     from cryptography import x509  # noqa: PLC0415
     from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
 
-    try:
-        key = serialization.load_pem_private_key(state.key.read_bytes(), password=None)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{state.key}: the device's key cannot be read ({error}); enrol again") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise DataError(f"{state.key}: expected an elliptic-curve key; enrol again")
+    key = _private_key(state)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.DER)
@@ -206,6 +203,34 @@ def needs_renewal(state: StateDirectory, now: datetime) -> bool:
     """True when at least half of the certificate's life is over."""
     begin, end = certificate_validity(state)
     return now >= begin + (end - begin) / 2
+
+
+def secure_identity(state: StateDirectory) -> tuple[CertificateSigner, CertificateVerifier]:
+    """What signs as this device in secure aggregation, and what checks the signatures of others.
+
+    Raises:
+        DataError: the device's key cannot be read.
+        IntegrityError: a certificate cannot be read.
+    """
+    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415
+    from wearfleet_protos.secagg.identity import CertificateSigner, CertificateVerifier  # noqa: PLC0415
+
+    leaf = _leaf(state.certificate.read_bytes())
+    signer = CertificateSigner(_private_key(state), leaf.public_bytes(Encoding.DER))
+    return signer, CertificateVerifier(_leaf(state.authority.read_bytes()), lambda: datetime.now(UTC))
+
+
+def _private_key(state: StateDirectory) -> ec.EllipticCurvePrivateKey:
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
+
+    try:
+        key = serialization.load_pem_private_key(state.key.read_bytes(), password=None)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{state.key}: the device's key cannot be read ({error}); enrol again") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise DataError(f"{state.key}: expected an elliptic-curve key; enrol again")
+    return key
 
 
 def _leaf(chain_pem: bytes) -> x509.Certificate:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from wearfleet_protos.secagg.messages import Answer, Notice
+    from wearfleet_protos.secagg.parameters import SecureParameters
     from wearfleet_protos.tensors import Digest
 
     from wearfleet_edge.identity import Enrolment
@@ -57,6 +59,7 @@ class Task:
     """Work of one federated round; ``personalise`` keeps the result on the device.
 
     ``tensors`` are the bytes of ``tensors_digest``, not checked yet, when they came with the task; otherwise empty.
+    With ``secure`` the update goes back masked; with ``without_figures`` no metrics, counts or times go with it.
     """
 
     run_id: str
@@ -69,6 +72,8 @@ class Task:
     tensors_bytes: int
     remaining_seconds: float
     tensors: bytes | bytearray = b""
+    secure: SecureParameters | None = None
+    without_figures: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +164,13 @@ class Cloud(Protocol):
 
     def submit(self, submission: Submission, update: bytes) -> Receipt:
         """Hand in a result with the bytes of its update (empty when it has none); safe to repeat."""
+
+    def exchange(self, task: Task, answer: Answer | None, wait_s: float) -> Notice | None:
+        """Answer a stage of secure aggregation (None: ask what follows the masked input); safe to repeat.
+
+        Returns:
+            What follows; None when the others are still awaited, and after the last stage.
+        """
 
     def decline(self, task: Task, reason: str) -> None:
         """Turn a task down."""

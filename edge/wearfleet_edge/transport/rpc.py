@@ -29,6 +29,7 @@ from wearfleet_protos.v1 import (
     federation_pb2_grpc,
     fleet_pb2,
     fleet_pb2_grpc,
+    secagg_pb2,
 )
 
 from wearfleet_edge.identity import Broker, Enrolment
@@ -50,6 +51,9 @@ from wearfleet_edge.transport.work_stream import WorkStream, next_offset, update
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from wearfleet_protos.secagg.messages import Answer, Notice
+    from wearfleet_protos.secagg.parameters import SecureParameters
 
     from wearfleet_edge.state import StateDirectory
 
@@ -242,6 +246,20 @@ class RpcCloud:
             raise ProtocolError(f"unknown receipt status {reply.status}; update the agent")
         return Receipt(status, reply.reason)
 
+    def exchange(self, task: Task, answer: Answer | None, wait_s: float) -> Notice | None:
+        """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
+        from wearfleet_protos.secagg.codec import fill_answer, notice_from_pb  # noqa: PLC0415  slow to import
+
+        request = secagg_pb2.SecureRequest(
+            run_id=task.run_id, round=task.round_number, attempt_id=task.attempt_id, wait_seconds=wait_s
+        )
+        if answer is not None:
+            fill_answer(request, answer)
+        timeout = wait_s + _transfer_seconds(request.ByteSize())
+        return notice_from_pb(
+            self._call("answer secure aggregation", lambda: self._work.exchange(request, timeout))
+        )
+
     def decline(self, task: Task, reason: str) -> None:
         """See :class:`wearfleet_edge.transport.cloud.Cloud`."""
         request = federation_pb2.DeclineTaskRequest(
@@ -400,7 +418,11 @@ def _transfer_seconds(size: int) -> float:
 
 
 def _task_from_pb(task: federation_pb2.FederatedTask, tensors: bytearray) -> Task:
-    kinds = {federation_pb2.TASK_KIND_TRAIN: False, federation_pb2.TASK_KIND_PERSONALISE: True}
+    kinds = {
+        federation_pb2.TASK_KIND_TRAIN: False,
+        federation_pb2.TASK_KIND_PERSONALISE: True,
+        federation_pb2.TASK_KIND_TRAIN_SECURELY: False,
+    }
     if task.kind not in kinds:
         raise ProtocolError(f"unknown task kind {task.kind}; update the agent")
     return Task(
@@ -414,4 +436,14 @@ def _task_from_pb(task: federation_pb2.FederatedTask, tensors: bytearray) -> Tas
         tensors_bytes=task.tensors_bytes,
         remaining_seconds=task.remaining_seconds,
         tensors=tensors,
+        secure=_secure_from_pb(task),
+        without_figures=task.without_figures,
     )
+
+
+def _secure_from_pb(task: federation_pb2.FederatedTask) -> SecureParameters | None:
+    if task.kind != federation_pb2.TASK_KIND_TRAIN_SECURELY:
+        return None
+    from wearfleet_protos.secagg.codec import setup_from_pb  # noqa: PLC0415  slow to import
+
+    return setup_from_pb(task.secure, task.run_id, task.round)

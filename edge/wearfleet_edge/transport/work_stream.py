@@ -19,7 +19,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from wearfleet_protos.chunks import CHUNK_BYTES, RECEIVED_CHUNK, SENT_CHUNK, chunk_message, split_chunk
 from wearfleet_protos.errors import IntegrityError, ProtocolError, TransportError
-from wearfleet_protos.v1 import federation_pb2
+from wearfleet_protos.v1 import federation_pb2, secagg_pb2
 
 if TYPE_CHECKING:
     from wearfleet_protos.chunks import WireChunk
@@ -193,6 +193,23 @@ class WorkStream:
             return response.receipt
 
         return self._ask(update_messages(update, 0, start) if update else (start,), answer)
+
+    def exchange(self, request: secagg_pb2.SecureRequest, timeout_s: float) -> secagg_pb2.SecureResponse:
+        """Answer a stage of secure aggregation, and learn what follows.
+
+        Args:
+            request: the answer.
+            timeout_s: longest wait for the response.
+        """
+        message = federation_pb2.WorkRequest(secure=request).SerializeToString()
+
+        def answer(connection: _Connection) -> secagg_pb2.SecureResponse:
+            response, _ = _parse(connection.receive(timeout_s))
+            if not response.HasField("secure"):
+                raise ProtocolError("the service did not answer secure aggregation; update the agent")
+            return response.secure
+
+        return self._ask((message,), answer)
 
     def _ask(self, messages: Iterable[bytes], answer: Callable[[_Connection], T]) -> T:
         """Send a question and read its answer; on a new call when there is none, or the one that was open was lost."""
