@@ -25,7 +25,7 @@ from wearfleet_cloud.federated.fedyogi import FedYogi
 from wearfleet_cloud.federated.local_only import LocalOnly
 from wearfleet_cloud.federated.perfedavg import PerFedAvg
 from wearfleet_cloud.federated.scaffold import Scaffold
-from wearfleet_cloud.federated.training_options import parse_options
+from wearfleet_cloud.federated.training_options import option_names, parse_options
 
 __all__ = ["STRATEGIES", "create_strategy"]
 
@@ -65,7 +65,7 @@ def create_strategy(name: str, options: Mapping[str, object]) -> Strategy:
         raise ConfigError(f"unknown strategy {name!r}; known: {', '.join(sorted(STRATEGIES))}")
     plain = chosen()
     parts = {part.name: getattr(plain, part.name) for part in fields(AveragingStrategy)}
-    known = {f.name for of in (chosen, *parts.values()) for f in fields(of)} - parts.keys()
+    known = {name for of in (chosen, *parts.values()) for name in option_names(of)}
     unknown = sorted(options.keys() - known)
     if unknown:
         raise ConfigError(f"unknown option {unknown[0]!r} of {name}; known: {', '.join(sorted(known))}")
@@ -77,5 +77,5 @@ def create_strategy(name: str, options: Mapping[str, object]) -> Strategy:
 
 def _own(cls: type[Any], options: Mapping[str, object]) -> dict[str, Any]:
     """Values for the fields of a dataclass."""
-    names = {field.name for field in fields(cls)}
+    names = option_names(cls)
     return parse_options(cls, {name: value for name, value in options.items() if name in names})

@@ -2,8 +2,8 @@
 
 Updates are loaded one at a time in the order of their clients' names, so memory is a few models however many
 clients there are, and the result is the same bit for bit. Means are updated incrementally
-(m <- m + (x - m) w / W, West 1979), so equal updates return themselves exactly. ``kernels.robust.weighted_mean``, which
-takes all updates as one tensor of torch, serves the rules that must see them together.
+(m <- m + (x - m) w / W, West 1979), so equal updates return themselves exactly. Rules that must see all updates
+together are in ``robust``; only they import torch.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,14 +17,22 @@ from wearfleet_protos.errors import AggregationError, ConfigError, ShapeError
 from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.tensors import TensorRole, TensorSpec, check_finite, check_tensors
 
+from wearfleet_cloud.federated.robust.evidence import Judgement
+from wearfleet_cloud.federated.robust.options import check_options
+
 __all__ = [
     "Arrays",
     "Averaged",
     "Averaging",
     "Contribution",
     "Mean",
+    "check_current",
     "check_update",
+    "check_variances",
     "moved",
+    "one_each",
+    "statistic_pairs",
+    "uploaded",
     "weighted_mean",
 ]
 
@@ -57,19 +65,36 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Averaging:
-    """How updates are weighted.
+    """How updates are combined.
 
     Args:
-        weighting: ``examples`` (FedAvg's own: by number of windows) or ``uniform``.
+        weighting: ``examples`` (FedAvg's own: by number of windows) or ``uniform``; of the mean only: robust rules
+            weigh clients equally.
         statistics: ``moments`` pools means and variances of normalisation as moments of the mixture;
-            ``naive`` averages the variances too (biased low; for parity with published numbers).
+            ``naive`` averages the variances too (biased low; for parity with published numbers). Of the mean only:
+            robust rules take the median.
+        rule: ``mean``, or a robust one (``robust.options.RULES``).
+        attackers: f, so many bad clients the robust rule must bear; a round with too few updates for it is skipped.
+        trim: of ``trimmed-mean``: share that is cut at each end of every coordinate.
+        selected: of ``multi-krum``: updates it averages; 0 for m - 2 f - 3, what is proven, or 1.
+        bound: of ``norm-bound``: largest norm of an update; of ``centred-clipping``: farthest it may pull; 0 for the
+            median of the round.
+        bucket: robust rules see means of so many randomly chosen updates; 1 for the updates themselves.
+        memory: what the robust rule's last aggregation left (``Mean.memory``); no option.
 
     Raises:
-        ConfigError: another value.
+        ConfigError: another value, or an option that the rule does not use.
     """
 
     weighting: str = "examples"
     statistics: str = "moments"
+    rule: str = "mean"
+    attackers: int = 0
+    trim: float = 0.2
+    selected: int = 0
+    bound: float = 0.0
+    bucket: int = 1
+    memory: Arrays = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -78,6 +103,19 @@ class Averaging:
         ):
             if value not in known:
                 raise ConfigError(f"{name} must be {' or '.join(known)}, got {value!r}")
+        check_options(
+            self.rule,
+            attackers=self.attackers,
+            trim=self.trim,
+            selected=self.selected,
+            bound=self.bound,
+            bucket=self.bucket,
+        )
+
+    @property
+    def addition(self) -> str:
+        """As ``composition.Addition``."""
+        return "" if self.rule == "mean" else "robust"
 
     def combine(
         self,
@@ -86,23 +124,31 @@ class Averaging:
         current: Arrays,
         contributions: Iterable[Contribution],
     ) -> "Mean":
-        """The mean of the updates of a round: :func:`weighted_mean`."""
-        return weighted_mean(specs, upload, current, contributions, self)
+        """What ``rule`` makes of the updates of a round: :func:`weighted_mean`, or ``robust.mean.robust_mean``."""
+        if self.rule == "mean":
+            return weighted_mean(specs, upload, current, contributions, self)
+        from wearfleet_cloud.federated.robust.mean import robust_mean  # noqa: PLC0415  a mean needs no torch
+
+        return robust_mean(specs, upload, current, contributions, self)
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """The mean of what clients sent.
+    """The mean of what clients sent, or what a robust rule made of it.
 
     Args:
         values: float64 (counters in their own type) by name; differences where differences were sent.
-        clients: in the order of folding.
+        clients: in the order of folding; who was refused is not among them.
         num_examples: of all clients together.
+        evidence: a robust rule's judgement of each client, by name.
+        memory: what the robust rule keeps for its next aggregation.
     """
 
     values: dict[str, NDArray[Any]]
     clients: tuple[str, ...]
     num_examples: int
+    evidence: tuple[Judgement, ...] = ()
+    memory: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,17 +210,18 @@ def weighted_mean(
     Source:
         McMahan et al. 2017, arXiv:1602.05629, algorithm 1; pooled moments: specs/federated.md 0.4.
     """
-    ordered = _check_contributions(contributions)
-    wanted = tuple(s for s in specs if s.role in upload.roles and s.group in upload.groups)
-    _check_current(current, wanted)
-    pairs = _statistic_pairs(wanted)
+    ordered = one_each(contributions)
+    _check_counts(ordered)
+    wanted = uploaded(specs, upload)
+    check_current(current, wanted)
+    pairs = statistic_pairs(wanted)
     pooled = pairs if averaging.statistics == "moments" else {}
     means = {spec.name: _start(spec) for spec in wanted}
     weight_before = 0.0
     for contribution in ordered:
         update = contribution.load()
         check_update(update, wanted, client=contribution.client)
-        _check_variances(contribution.client, update, current if upload.form == "delta" else {}, pairs)
+        check_variances(contribution.client, update, current if upload.form == "delta" else {}, pairs)
         weight = float(contribution.num_examples) if averaging.weighting == "examples" else 1.0
         weight_before += weight
         _fold(wanted, pooled, means, update, (weight / weight_before, contribution.scale))
@@ -190,23 +237,40 @@ def moved(current: Arrays, mean: Mean, upload: UploadSpec) -> dict[str, NDArray[
     return {name: _finish(name, array, mean.values, upload) for name, array in current.items()}
 
 
-def _check_contributions(contributions: Iterable[Contribution]) -> tuple[Contribution, ...]:
+def uploaded(specs: Iterable[TensorSpec], upload: UploadSpec) -> tuple[TensorSpec, ...]:
+    """The tensors of an update, in the order of ``specs``."""
+    return tuple(s for s in specs if s.role in upload.roles and s.group in upload.groups)
+
+
+def one_each(contributions: Iterable[Contribution]) -> tuple[Contribution, ...]:
+    """In the order of the clients' names.
+
+    Raises:
+        AggregationError: none, or a client twice.
+    """
     ordered = tuple(sorted(contributions, key=lambda c: c.client))
     if not ordered:
         raise AggregationError("no updates to average; the round must be skipped and the old model kept")
     for before, after in pairwise(ordered):
         if before.client == after.client:
             raise AggregationError(f"client {after.client} contributes twice to one round")
-    for contribution in ordered:
+    return ordered
+
+
+def _check_counts(contributions: Iterable[Contribution]) -> None:
+    for contribution in contributions:
         if contribution.num_examples < 1:
             raise AggregationError(
                 f"client {contribution.client} claims {contribution.num_examples} training windows; at least 1 expected"
             )
-    return ordered
 
 
-def _check_current(current: Arrays, wanted: Sequence[TensorSpec]) -> None:
-    """A tensor that begins with zeros on the client has no global one."""
+def check_current(current: Arrays, wanted: Sequence[TensorSpec]) -> None:
+    """Refuse global tensors that are not those of the plan; one that begins with zeros on the client has none.
+
+    Raises:
+        AggregationError: says which differs.
+    """
     known = [spec for spec in wanted if spec.origin != "zeros"]
     try:
         check_tensors({s.name: current[s.name] for s in known if s.name in current}, known)
@@ -214,8 +278,12 @@ def _check_current(current: Arrays, wanted: Sequence[TensorSpec]) -> None:
         raise AggregationError(f"current global tensors are not those of the plan: {error}") from error
 
 
-def _statistic_pairs(specs: Sequence[TensorSpec]) -> dict[str, str]:
-    """Name of each variance -> name of its mean."""
+def statistic_pairs(specs: Sequence[TensorSpec]) -> dict[str, str]:
+    """Name of each variance of normalisation -> name of its mean.
+
+    Raises:
+        AggregationError: they are not declared in pairs.
+    """
     statistics = [s for s in specs if s.role == TensorRole.NORM_STAT]
     means, variances = statistics[::2], statistics[1::2]
     if len(means) != len(variances) or any(m.shape != v.shape for m, v in zip(means, variances, strict=True)):
@@ -226,8 +294,18 @@ def _statistic_pairs(specs: Sequence[TensorSpec]) -> dict[str, str]:
     return {variance.name: mean.name for mean, variance in zip(means, variances, strict=True)}
 
 
-def _check_variances(client: str, update: Arrays, start: Arrays, pairs: Mapping[str, str]) -> None:
-    """A negative variance would make every later evaluation NaN; rounding may leave one of -1e-6."""
+def check_variances(client: str, update: Arrays, start: Arrays, pairs: Mapping[str, str]) -> None:
+    """Refuse a negative variance, which would make every later evaluation NaN; rounding may leave one of -1e-6.
+
+    Args:
+        client: named in the error.
+        update: of it.
+        start: what differences are counted from; empty for values.
+        pairs: of :func:`statistic_pairs`.
+
+    Raises:
+        AggregationError: names the variance.
+    """
     for name in pairs:
         values: NDArray[Any] = np.asarray(update[name], dtype=np.float64)
         if name in start:

@@ -8,6 +8,7 @@ normalisation are pooled rather than dropped.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, ClassVar
 
 from wearfleet_protos.errors import AggregationError, ConfigError
@@ -77,6 +78,8 @@ class FedNova(AveragingStrategy):
     ) -> Averaged:
         """Fold with x <- x + tau_eff sum_i p_i Delta_i / a_i, tau_eff = sum_i p_i a_i; who made no step is left out.
 
+        With a robust rule tau_eff is the median of a_i: how many steps and windows it had is what a client says.
+
         Raises:
             AggregationError: nobody made a step, or as ``Averaging.combine``.
         """
@@ -86,6 +89,8 @@ class FedNova(AveragingStrategy):
         lengths = [solver_length(c.num_steps, self.local, self.mu) for c in moved]
         weights = [c.num_examples if self.averaging.weighting == "examples" else 1 for c in moved]
         effective = sum(w * a for w, a in zip(weights, lengths, strict=True)) / sum(weights)
+        if self.averaging.addition:
+            effective = median(lengths)
         scaled = [replace(c, scale=effective / a) for c, a in zip(moved, lengths, strict=True)]
         return AveragingStrategy.server(self, specs, current, state, scaled)
 

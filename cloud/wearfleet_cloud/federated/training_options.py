@@ -10,7 +10,7 @@ from wearfleet_protos.plan import Loop
 if TYPE_CHECKING:
     from wearfleet_cloud.training.optimisers import Optimiser
 
-__all__ = ["LocalTraining", "parse_options"]
+__all__ = ["LocalTraining", "option_names", "parse_options"]
 
 _OPTIMISERS: Final = ("adam", "sgd")
 
@@ -73,6 +73,11 @@ class LocalTraining:
     def holdout_loop(self) -> Loop:
         """One pass in order over the later part."""
         return Loop("holdout", self.batch_size, 1, 0, shuffle=False)
+
+
+def option_names(cls: Any) -> set[str]:
+    """Names of the numeric and text fields of dataclass ``cls``: what can be chosen as text."""
+    return {f.name for f in fields(cls) if f.type in (int, float, str)}
 
 
 def parse_options(cls: Any, options: Mapping[str, object]) -> dict[str, Any]:

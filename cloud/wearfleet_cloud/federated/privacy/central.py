@@ -25,6 +25,7 @@ from wearfleet_protos.tensors import TensorRole, TensorSpec
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, Mean, weighted_mean
 from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
+from wearfleet_cloud.federated.robust.fold import fold_robustly
 
 __all__ = ["ClippedMean", "check_private", "check_upload", "clipped", "fold", "joint_norm", "next_clip"]
 
@@ -46,7 +47,7 @@ def fold(
     *,
     generator: np.random.Generator | None = None,
 ) -> Averaged:
-    """``Strategy.server`` under the strategy's privacy: the way from updates to global tensors, for every caller.
+    """``Strategy.server`` under the privacy or the robust rule of a strategy: how every caller folds updates.
 
     Args:
         strategy: with its options.
@@ -63,7 +64,7 @@ def fold(
     """
     options = strategy.privacy
     if options.dp != "central":
-        return strategy.server(specs, current, state, contributions)
+        return fold_robustly(strategy, specs, current, state, contributions)
     source = np.random.Generator(np.random.PCG64(secrets.randbits(256))) if generator is None else generator
     clip = float(state.get(_CLIP, np.float64(options.clip)))
     mechanism = ClippedMean("uniform", options=options, clip=clip, generator=source)
