@@ -5,6 +5,8 @@ import time
 from typing import Final
 
 from wearfleet_protos.errors import ConflictError, DeniedError, IntegrityError, ShapeError
+from wearfleet_protos.secagg.messages import Answer as SecureAnswer
+from wearfleet_protos.secagg.messages import Notice
 from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.federated.round_events import (
@@ -16,6 +18,7 @@ from wearfleet_cloud.federated.round_events import (
     UpdateSubmitted,
 )
 from wearfleet_cloud.service.coordinator import Coordinator, FederationParts
+from wearfleet_cloud.service.downlinks import Downlinks
 from wearfleet_cloud.service.live import Stage
 from wearfleet_cloud.service.round_keeper import RoundKeeper
 from wearfleet_cloud.service.run_context import Task, attempt_id_for
@@ -36,6 +39,7 @@ class Federation:
 
     def __init__(self, parts: FederationParts, coordinator: Coordinator) -> None:
         self._parts, self._coordinator = parts, coordinator
+        self._downlinks = Downlinks(parts.blobs, parts.on_tensors)
 
     async def poll(self, device_id: str, wait_s: float) -> Task | None:
         """A task for this device, at once or within ``wait_s``; None when there is none."""
@@ -43,7 +47,7 @@ class Federation:
         self._coordinator.room.note(device_id)
         while True:
             await self._coordinator.start_planned()
-            task = self._task_for(device_id)
+            task = await self._task_for(device_id)
             left = until - time.monotonic()
             if task is not None or left <= 0 or self._coordinator.stopping:
                 break
@@ -71,6 +75,20 @@ class Federation:
         self._parts.metrics.update_bytes.labels("down").inc(size_bytes)
         if self._coordinator.keeper is not None:
             self._coordinator.keeper.bytes_down += size_bytes
+
+    async def answer_securely(
+        self, device_id: str, run_id: str, round_number: int, answer: SecureAnswer | None, wait_s: float
+    ) -> Notice | None:
+        """A device's answer to a stage of secure aggregation; what follows, None while others are awaited.
+
+        Raises:
+            ConflictError: the round is over, or goes on without this device.
+            DeniedError: it was not invited, or is not asked.
+            ProtocolError: the answer is malformed.
+            IntegrityError: a signature is wrong.
+        """
+        room = self._coordinator.secure.room_of(run_id, round_number)
+        return await room.exchange(device_id, answer, wait_s)
 
     async def decline(self, device_id: str, run_id: str, round_number: int, reason: str) -> None:
         """A device turns its task down; late or unknown tasks are ignored.
@@ -118,10 +136,15 @@ class Federation:
     async def _fault(self, keeper: RoundKeeper, submission: Submission, base_digest: str) -> str:
         """Why a submission cannot be used; empty when it can."""
         assert self._coordinator.run is not None
-        if base_digest != keeper.round.base:
-            return f"it started from {base_digest[:80]!r}, the round from {keeper.round.base}"
+        base = await self._downlinks.of(self._coordinator.run, keeper.round, submission.device_id)
+        if base_digest != base:
+            return f"it started from {base_digest[:80]!r}, the round from {base}"
         if keeper.kind == "personalise":
             return "" if not submission.update_digest else "a personalisation keeps its tensors on the device"
+        if self._coordinator.run.secure:
+            fault = self._coordinator.secure.fault_of(keeper, submission.device_id)
+            if fault:
+                return fault
         updates, specs = self._parts.updates, self._coordinator.run.upload_specs
         device_id, digest = submission.device_id, Digest(submission.update_digest)
         try:
@@ -150,11 +173,12 @@ class Federation:
         same = keeper is not None and (keeper.round.run_id, keeper.round.number) == (run_id, round_number)
         return keeper if same else None
 
-    def _task_for(self, device_id: str) -> Task | None:
+    async def _task_for(self, device_id: str) -> Task | None:
         run, keeper = self._coordinator.run, self._coordinator.keeper
         if run is None or keeper is None or not keeper.open_for(device_id):
             return None
         current = keeper.round
+        base = await self._downlinks.of(run, current, device_id)
         return Task(
             run_id=run.run_id,
             round=current.number,
@@ -162,9 +186,11 @@ class Federation:
             kind=keeper.kind,
             plan_digest=run.row.plan_digest,
             plan_bytes=run.plan_bytes,
-            tensors_digest=current.base,
-            tensors_bytes=self._parts.blobs.size(current.base),
+            tensors_digest=base,
+            tensors_bytes=self._parts.blobs.size(base),
             deadline=current.deadline,
+            secure=self._coordinator.secure.parameters_of(keeper) if keeper.kind == "train" else None,
+            without_figures=run.secure,
         )
 
     async def _note_fetched(self, device_id: str, task: Task) -> None:

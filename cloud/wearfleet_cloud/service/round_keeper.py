@@ -97,11 +97,12 @@ def successor(run: ActiveRun, closed: Round, kind: RoundKind) -> RoundKeeper | N
         return None
     published = closed.state == RoundState.PUBLISHED
     base = Digest(closed.result) if published else closed.base
+    state = closed.result_state if published else closed.base_state
     if number <= run.settings.rounds:
-        state = closed.result_state if published else closed.base_state
         following = Round(run.run_id, number, base, run.settings.policy, base_state=state)
         return RoundKeeper(following, "train", time.time_ns())
     if not run.settings.personalise:
         return None
     policy = replace(run.settings.policy, quorum=1, min_examples=1, extension_s=0.0)  # nothing is averaged
-    return RoundKeeper(Round(run.run_id, number, base, policy), "personalise", time.time_ns())
+    last = Round(run.run_id, number, base, policy, base_state=state)
+    return RoundKeeper(last, "personalise", time.time_ns())
