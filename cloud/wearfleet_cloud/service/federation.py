@@ -5,8 +5,6 @@ import time
 from typing import Final
 
 from wearfleet_protos.errors import ConflictError, DeniedError, IntegrityError, ShapeError
-from wearfleet_protos.secagg.messages import Answer as SecureAnswer
-from wearfleet_protos.secagg.messages import Notice
 from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.federated.round_events import (
@@ -76,20 +74,6 @@ class Federation:
         if self._coordinator.keeper is not None:
             self._coordinator.keeper.bytes_down += size_bytes
 
-    async def answer_securely(
-        self, device_id: str, run_id: str, round_number: int, answer: SecureAnswer | None, wait_s: float
-    ) -> Notice | None:
-        """A device's answer to a stage of secure aggregation; what follows, None while others are awaited.
-
-        Raises:
-            ConflictError: the round is over, or goes on without this device.
-            DeniedError: it was not invited, or is not asked.
-            ProtocolError: the answer is malformed.
-            IntegrityError: a signature is wrong.
-        """
-        room = self._coordinator.secure.room_of(run_id, round_number)
-        return await room.exchange(device_id, answer, wait_s)
-
     async def decline(self, device_id: str, run_id: str, round_number: int, reason: str) -> None:
         """A device turns its task down; late or unknown tasks are ignored.
 
@@ -141,10 +125,6 @@ class Federation:
             return f"it started from {base_digest[:80]!r}, the round from {base}"
         if keeper.kind == "personalise":
             return "" if not submission.update_digest else "a personalisation keeps its tensors on the device"
-        if self._coordinator.run.secure:
-            fault = self._coordinator.secure.fault_of(keeper, submission.device_id)
-            if fault:
-                return fault
         updates, specs = self._parts.updates, self._coordinator.run.upload_specs
         device_id, digest = submission.device_id, Digest(submission.update_digest)
         try:
@@ -189,8 +169,6 @@ class Federation:
             tensors_digest=base,
             tensors_bytes=self._parts.blobs.size(base),
             deadline=current.deadline,
-            secure=self._coordinator.secure.parameters_of(keeper) if keeper.kind == "train" else None,
-            without_figures=run.secure,
         )
 
     async def _note_fetched(self, device_id: str, task: Task) -> None:
