@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wearfleet_cloud.data.dataset import Progress
     from wearfleet_cloud.data.prepared import Prepared
     from wearfleet_cloud.federated.base import Strategy
+    from wearfleet_cloud.federated.latency import Latency
     from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation
     from wearfleet_cloud.federated.simulated_clients import SimulatedClient
     from wearfleet_cloud.federated.stacked_clients import Runner
@@ -46,6 +47,13 @@ def _simulate(
     ] = 0.1,
     unseen: Annotated[int, typer.Option("--unseen", min=0, help="Clients that never take part.")] = 0,
     cohort: Annotated[int, typer.Option("--cohort", min=0, help="Clients a round; 0 for all.")] = 0,
+    over_selection: Annotated[float, typer.Option(help="Ask so many times the cohort.")] = 1.0,
+    quorum: Annotated[int, typer.Option(min=1, help="Fewest updates worth averaging.")] = 1,
+    deadline: Annotated[float, typer.Option(help="Virtual seconds that a round waits for clients.")] = 300.0,
+    latency: Annotated[
+        str, typer.Option(help="Virtual seconds a task: MEDIAN, MEDIAN,BETWEEN,WITHIN or a CSV file.")
+    ] = "1",
+    dropout: Annotated[float, typer.Option(help="Share of tasks after which a client is lost.")] = 0.0,
     finetune: Annotated[
         int, typer.Option("--finetune", min=0, help="k of finetuned(k); 0 leaves it out.")
     ] = 0,
@@ -77,11 +85,19 @@ def _simulate(
     from wearfleet_cloud.data.prepared import default_cache_dir, prepare
     from wearfleet_cloud.federated import create_strategy
     from wearfleet_cloud.federated.cohort import CohortPolicy
+    from wearfleet_cloud.federated.round_record import RoundPolicy
     from wearfleet_cloud.federated.simulate import Simulation
 
     options = parse_settings(settings or [])
     chosen = create_strategy(strategy, options)
-    simulation = Simulation(rounds, CohortPolicy(cohort), seed, finetune)
+    simulation = Simulation(
+        rounds,
+        CohortPolicy(cohort, 1, over_selection),
+        seed,
+        finetune,
+        RoundPolicy(quorum=quorum, deadline_s=deadline),
+        _latency(latency, dropout, seed),
+    )
     prepared = prepare(dataset_named(dataset), data_root, cache_dir or default_cache_dir())
     population = _population(prepared, clients, unseen, split=split, alpha=alpha, seed=seed)
     begin = _model(prepared, population, backbone, seed) if run is None else _trained(run, prepared)
@@ -96,6 +112,7 @@ def _simulate(
         "unseen": len(population.unseen),
         "rounds": rounds,
         "cohort": cohort,
+        "latency": latency if dropout == 0.0 else f"{latency} dropout {dropout:g}",
         "seed": seed,
         "begins_with": backbone if run is None else str(run),
         "wire": wire,
@@ -132,6 +149,27 @@ def _run(
     row = row_of(about, outcome, time.monotonic() - begin)
     write_report(out, row, outcome)
     print(json.dumps({**row, "out": str(out)}) if as_json else (out / "table.md").read_text(encoding="utf-8"))
+
+
+def _latency(text: str, dropout: float, seed: int) -> Latency:
+    """Drawn times as MEDIAN or MEDIAN,BETWEEN,WITHIN, or a file of recorded ones.
+
+    BETWEEN and WITHIN are standard deviations of the logarithm, between clients and between a client's tasks.
+    """
+    from wearfleet_protos.errors import ConfigError
+
+    from wearfleet_cloud.federated.latency import Latency, read_recorded
+
+    if text.endswith(".csv"):
+        return Latency(dropout=dropout, seed=seed, recorded=read_recorded(Path(text)))
+    numbers = text.split(",")
+    if len(numbers) not in (1, 3):
+        raise ConfigError(f"latency is MEDIAN, MEDIAN,BETWEEN,WITHIN or a .csv file, got {text!r}")
+    try:
+        median, between, within = (float(number) for number in (*numbers, 0.0, 0.0)[:3])
+    except ValueError as error:
+        raise ConfigError(f"latency must be numbers or a .csv file, got {text!r}") from error
+    return Latency(median, between, within, dropout, seed)
 
 
 def _population(

@@ -138,6 +138,15 @@ class Strategy(Protocol):
             AggregationError: see ``Averaging.combine``.
         """
 
+    def cohort(self, eligible: Sequence[str], round_number: int, state: Arrays) -> tuple[str, ...] | None:
+        """Who takes part in a round, if the strategy decides that; None leaves it to the operator's policy.
+
+        Args:
+            eligible: clients that could.
+            round_number: from 1, skipped rounds counted.
+            state: what the last aggregation left.
+        """
+
     def received(self, client: str, current: Arrays, state: Arrays) -> Arrays:
         """What a client gets at the start of a round: ``current``, unless the strategy makes a model for each client.
 
@@ -196,6 +205,15 @@ class AveragingStrategy:
         upload = self.info.upload()
         mean = self.averaging.combine(specs, upload, current, contributions)
         return Averaged(moved(current, mean, upload), mean)
+
+    def cohort(
+        self,
+        eligible: Sequence[str],  # noqa: ARG002 - the operator decides
+        round_number: int,  # noqa: ARG002
+        state: Arrays,  # noqa: ARG002
+    ) -> tuple[str, ...] | None:
+        """The operator's policy decides."""
+        return None
 
     def received(self, client: str, current: Arrays, state: Arrays) -> Arrays:  # noqa: ARG002 - the same for all
         """The global tensors."""

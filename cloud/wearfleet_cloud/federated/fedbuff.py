@@ -84,8 +84,7 @@ class FedBuff(AveragingStrategy):
         ):
             if value not in known:
                 raise ConfigError(f"{name} of FedBuff must be one of {', '.join(known)}, got {value!r}")
-        smallest = min(self.exponent, self.hinge_start, self.hinge_slope)
-        if not 0.0 <= smallest <= max(self.exponent, self.hinge_slope) < float("inf"):
+        if not all(0.0 <= v < float("inf") for v in (self.exponent, self.hinge_start, self.hinge_slope)):
             raise ConfigError(
                 "exponent, hinge_start and hinge_slope of FedBuff must be at least 0 and finite"
             )
@@ -138,6 +137,10 @@ def rebased(
     """
     statistics = {s.name for s in specs if s.role == TensorRole.NORM_STAT}
     return {
-        name: np.asarray(base[name] + array - current[name], array.dtype) if name in statistics else array
+        name: _from_current(array, base[name], current[name]) if name in statistics else array
         for name, array in update.items()
     }
+
+
+def _from_current(array: NDArray[Any], base: NDArray[Any], current: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(base + array - current, array.dtype)

@@ -19,15 +19,21 @@ from wearfleet_protos.tensors import TensorSpec, check_finite
 from wearfleet_cloud.data.dataset import Progress, silent
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution
 from wearfleet_cloud.federated.base import Strategy
-from wearfleet_cloud.federated.cohort import CohortPolicy, select_cohort
+from wearfleet_cloud.federated.cohort import CohortPolicy, policies_of
 from wearfleet_cloud.federated.fedavg import FedAvg
+from wearfleet_cloud.federated.fedbuff import rebased
+from wearfleet_cloud.federated.latency import Latency
 from wearfleet_cloud.federated.privacy.central import check_private, fold
+from wearfleet_cloud.federated.round_record import RoundPolicy
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 from wearfleet_cloud.federated.stacked_clients import ClientRound, Runner, downloaded_specs
+from wearfleet_cloud.federated.virtual_time import Counted, VirtualRound, VirtualRun
 
 __all__ = ["Mode", "Outcome", "Population", "RoundFigures", "Simulation", "simulate"]
 
 _EVALUATED_AT_ONCE = 1024
+_LEASE_MEDIANS = 2.0
+"""A lost client is given up after so many times the median latency (specs/federated.md section 20)."""
 _NOISE = 0xD1F
 """Keeps the noise of privacy apart from other random numbers. It comes from the seed: a simulation protects nobody."""
 
@@ -37,10 +43,12 @@ class Simulation:
     """What is simulated.
 
     Args:
-        rounds: at least 1.
+        rounds: at least 1; of an asynchronous strategy: buffers.
         cohort: clients a round.
         seed: of cohorts, shuffling and random numbers.
         finetune_epochs: k of ``finetuned(k)``; 0 leaves it out.
+        policy: when a round has enough, in virtual time.
+        latency: of the clients, in virtual time; by default all need one second.
 
     Raises:
         ConfigError: no rounds.
@@ -50,6 +58,8 @@ class Simulation:
     cohort: CohortPolicy = field(default_factory=CohortPolicy)
     seed: int = 0
     finetune_epochs: int = 0
+    policy: RoundPolicy = field(default_factory=RoundPolicy)
+    latency: Latency = field(default_factory=Latency)
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.finetune_epochs < 0:
@@ -83,17 +93,24 @@ class RoundFigures:
 
     Args:
         number: from 1.
-        clients: who took part.
-        received: mean accuracy over them of what they received (with their own tensors), on held-out windows.
-        bytes_down: payload of tensors sent to them.
-        bytes_up: payload of their updates.
+        clients: whose updates counted; 0 when it was skipped.
+        received: mean accuracy over them of what they received (with their own tensors), on held-out windows; None
+            when there are none.
+        bytes_down: payload of tensors, for every task that was given.
+        bytes_up: payload of the updates that counted.
+        lost: clients that were given up.
+        staleness: mean over the updates.
+        virtual_s: virtual time of its end since the start of the run.
     """
 
     number: int
     clients: int
-    received: float
+    received: float | None
     bytes_down: int
     bytes_up: int
+    lost: int
+    staleness: float
+    virtual_s: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,25 +156,15 @@ def simulate(
     """
     runner = runner_of(strategy)
     check_private(strategy, runner.specs)
-    tensors, state = _first_tensors(model, runner.specs), dict[str, NDArray[np.generic]]()
-    kept: dict[str, Arrays] = {}
+    clients = {client.name: client for client in population.clients}
+    federation = _Federation(strategy, runner, clients, simulation, _first_tensors(model, runner.specs))
+    run = _virtual_run(strategy, population, simulation)
     figures = []
-    by_name = {client.name: client for client in population.clients}
     for number in range(1, simulation.rounds + 1):
-        names = select_cohort(by_name.keys(), simulation.cohort, seed=simulation.seed, round_number=number)
-        received = [strategy.received(name, tensors, state) for name in names]
-        results = runner.run(number, [by_name[name] for name in names], received, kept)
-        noise = np.random.Generator(np.random.PCG64(rng_key(simulation.seed, number, _NOISE, 0)))
-        updates = [_contribution(r) for r in results]
-        folded = fold(strategy, runner.specs, tensors, state, updates, generator=noise)
-        try:
-            check_finite(folded.tensors)
-        except ShapeError as error:
-            raise AggregationError(f"round {number}: {error}; use a smaller learning rate") from error
-        figures.append(_figures(number, results, runner.specs))
-        tensors, state = dict(folded.tensors), dict(folded.state)
-        kept |= {r.client: r.kept for r in results if r.kept}
+        played = run.play(strategy.cohort(sorted(clients), number, federation.state))
+        figures.append(_figures(played, federation.round(played), runner.specs))
         progress("rounds", number, simulation.rounds)
+    tensors, state, kept = federation.tensors, federation.state, federation.kept
     last = simulation.rounds + 1
     received = [strategy.received(client.name, tensors, state) for client in population.clients]
     modes = {
@@ -170,6 +177,72 @@ def simulate(
         results = runner_of(tuned).run(last, everyone, [tensors] * len(everyone), {})
         modes[f"finetuned({simulation.finetune_epochs})"] = _mode([_counts(r) for r in results])
     return Outcome(tuple(figures), modes, tensors, state)
+
+
+@dataclass(slots=True)
+class _Federation:
+    """The server's tensors and state, those of the versions before that still count, and what the clients kept."""
+
+    strategy: Strategy
+    runner: Runner
+    clients: Mapping[str, SimulatedClient]
+    simulation: Simulation
+    tensors: Arrays
+    state: Arrays = field(default_factory=dict)
+    kept: dict[str, Arrays] = field(default_factory=dict)
+    _version: int = 0
+    _bases: dict[int, tuple[int, Arrays, Arrays]] = field(default_factory=dict)
+
+    def round(self, played: VirtualRound) -> list[ClientRound]:
+        """Train what counts in a round, each update from the tensors of its task, and fold it."""
+        buffering = self.strategy.buffering
+        oldest = self._version - (buffering.max_staleness if buffering else 0)
+        self._bases = {task: base for task, base in self._bases.items() if base[0] >= oldest}
+        self._bases[played.number] = self._version, self.tensors, self.state
+        if not played.published:
+            return []
+        made = {
+            r.client: r
+            for task in sorted({c.task for c in played.counted})
+            for r in self._train(task, played)
+        }
+        results = [made[counted.client] for counted in sorted(played.counted, key=lambda c: c.client)]
+        self._fold(played, made)
+        self._version += 1
+        self.kept |= {r.client: r.kept for r in results if r.kept}
+        return results
+
+    def _train(self, task: int, played: VirtualRound) -> list[ClientRound]:
+        _, tensors, state = self._bases[task]
+        names = sorted(counted.client for counted in played.counted if counted.task == task)
+        received = [self.strategy.received(name, tensors, state) for name in names]
+        return self.runner.run(task, [self.clients[name] for name in names], received, self.kept)
+
+    def _fold(self, played: VirtualRound, made: Mapping[str, ClientRound]) -> None:
+        number, specs = played.number, self.runner.specs
+        noise = np.random.Generator(np.random.PCG64(rng_key(self.simulation.seed, number, _NOISE, 0)))
+        updates = [self._contribution(counted, made[counted.client]) for counted in played.counted]
+        folded = fold(self.strategy, specs, self.tensors, self.state, updates, generator=noise)
+        try:
+            check_finite(folded.tensors)
+        except ShapeError as error:
+            raise AggregationError(f"round {number}: {error}; use a smaller learning rate") from error
+        self.tensors, self.state = dict(folded.tensors), dict(folded.state)
+
+    def _contribution(self, counted: Counted, result: ClientRound) -> Contribution:
+        update, current, base = result.update, self.tensors, self._bases[counted.task][1]
+        if counted.staleness:
+            update = rebased(update, self.runner.specs, base, current)
+        return Contribution(
+            result.client, result.num_examples, lambda: update, result.num_steps, staleness=counted.staleness
+        )
+
+
+def _virtual_run(strategy: Strategy, population: Population, simulation: Simulation) -> VirtualRun:
+    cohort, policy = policies_of(strategy.buffering, simulation.cohort, simulation.policy)
+    examples = {client.name: len(client.train) for client in population.clients}
+    lease_s = _LEASE_MEDIANS * simulation.latency.median_s
+    return VirtualRun(examples, cohort, policy, simulation.latency, simulation.seed, lease_s)
 
 
 def _common_modes(model: Classifier, tensors: Arrays, population: Population) -> dict[str, Mode]:
@@ -188,15 +261,20 @@ def _first_tensors(model: Classifier, specs: Sequence[TensorSpec]) -> dict[str, 
     return {s.name: known.get(s.name, np.zeros(s.shape, s.dtype)) for s in downloaded_specs(specs)}
 
 
-def _contribution(result: ClientRound) -> Contribution:
-    return Contribution(result.client, result.num_examples, lambda: result.update, result.num_steps)
-
-
-def _figures(number: int, results: Sequence[ClientRound], specs: Sequence[TensorSpec]) -> RoundFigures:
+def _figures(
+    played: VirtualRound, results: Sequence[ClientRound], specs: Sequence[TensorSpec]
+) -> RoundFigures:
     shares = [hits / count for hits, count in (_counts(r, "evaluate_before") for r in results)]
-    down = sum(spec.size_bytes for spec in downloaded_specs(specs)) * len(results)
-    up = sum(array.nbytes for result in results for array in result.update.values())
-    return RoundFigures(number, len(results), float(np.mean(shares)), down, up)
+    return RoundFigures(
+        number=played.number,
+        clients=len(results),
+        received=float(np.mean(shares)) if shares else None,
+        bytes_down=sum(spec.size_bytes for spec in downloaded_specs(specs)) * played.tasks,
+        bytes_up=sum(array.nbytes for result in results for array in result.update.values()),
+        lost=played.lost,
+        staleness=sum(c.staleness for c in played.counted) / max(1, len(played.counted)),
+        virtual_s=played.ended_s,
+    )
 
 
 def _counts(result: ClientRound, phase: str = "evaluate_after") -> tuple[float, float]:

@@ -20,6 +20,7 @@ KEY: Final = (
     "unseen",
     "rounds",
     "cohort",
+    "latency",
     "seed",
     "wire",
 )
@@ -37,7 +38,8 @@ def row_of(about: Mapping[str, object], outcome: Outcome, seconds: float) -> dic
         seconds: of its rounds and evaluation.
 
     Returns:
-        ``about``, then accuracies as ``<mode> <figure>``, bytes of the payload of all rounds, and seconds.
+        ``about``, then accuracies as ``<mode> <figure>``, bytes of the payload of all rounds, virtual and real
+        seconds.
     """
     modes = {
         f"{mode} {figure}": round(float(getattr(values, figure)), 5)
@@ -45,7 +47,15 @@ def row_of(about: Mapping[str, object], outcome: Outcome, seconds: float) -> dic
         for figure in _MODE_FIGURES
     }
     down, up = (sum(getattr(r, name) for r in outcome.rounds) for name in ("bytes_down", "bytes_up"))
-    return {**about, **modes, "bytes_down": down, "bytes_up": up, "seconds": round(seconds, 2)}
+    virtual_s = round(outcome.rounds[-1].virtual_s, 2)
+    return {
+        **about,
+        **modes,
+        "bytes_down": down,
+        "bytes_up": up,
+        "virtual_s": virtual_s,
+        "seconds": round(seconds, 2),
+    }
 
 
 def write_report(folder: Path, row: Mapping[str, object], outcome: Outcome) -> None:
@@ -94,7 +104,8 @@ def _draw(file: Path, title: str, outcome: Outcome) -> None:
 
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
     axes = figure.subplots()
-    axes.plot([r.number for r in outcome.rounds], [100 * r.received for r in outcome.rounds])
+    known = [(r.number, 100 * r.received) for r in outcome.rounds if r.received is not None]
+    axes.plot([number for number, _ in known], [share for _, share in known])
     axes.set_xlabel("round")
     axes.set_ylabel("accuracy of what clients received, %")
     axes.set_title(title)

@@ -27,6 +27,7 @@ CLIENTS = tuple(SimulatedClient(n, s["train"], s["holdout"]) for n, s in SPLITS.
 OPTIONS: dict[str, dict[str, object]] = {
     "fedbn": {"momentum": 0.9, "epochs": 2},
     "fedadam": {"server_learning_rate": 0.01},
+    "fedbuff": {"buffer_size": 2, "concurrency": 3},
     "fedap": {"warmup_rounds": 1, "weighting": "examples"},
     "fedclip": {"target": "class_soft"},
     "fednova": {"mu": 0.1, "epochs": 2},
