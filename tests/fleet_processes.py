@@ -44,8 +44,8 @@ class Kit:
     recordings: dict[str, Path]
 
 
-def make_kit(folder: Path, *, epochs: int) -> Kit:
-    """Train a classifier for a second, export it, compile FedBN for it, and simulate four people for a minute each."""
+def make_kit(folder: Path, *, epochs: int, strategy: str = "fedbn", **options: object) -> Kit:
+    """Train a classifier for a second, export it, compile a strategy for it, and simulate four people for a minute."""
     dataset = dataset_named("simulator")
     contract = contract_of(dataset)
     people = list(Simulation(persons=6, sessions=1, bouts=1, bout_s=8.0, seed=3).read(None, lambda *_: None))
@@ -57,8 +57,9 @@ def make_kit(folder: Path, *, epochs: int) -> Kit:
     info = ReleaseInfo("small", 1, "hasty", "Apache-2.0", simulated=True, created_ns=1)
     release = export_classifier(model, contract, info, x=x, y=y, x_validation=x, method="energy")
     write_release(folder / "small.onnx", release.data, release.manifest)
-    strategy = create_strategy("fedbn", {"epochs": epochs, "batch_size": 8, "learning_rate": 0.01})
-    plan, graphs = build_plan(strategy, model, contract, plan_id="small", seed=2)
+    training = {"epochs": epochs, "batch_size": 8, "learning_rate": 0.01}
+    chosen = create_strategy(strategy, {**training, **options})
+    plan, graphs = build_plan(chosen, model, contract, plan_id="small", seed=2)
     save_plan(folder / "plan", plan, graphs)
     recordings = {name: folder / f"{name}.npz" for name in PEOPLE}
     for path, person in zip(recordings.values(), people, strict=False):
