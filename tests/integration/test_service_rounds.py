@@ -112,6 +112,15 @@ async def test_an_unusable_update_is_rejected_and_the_round_goes_on_without_it(p
     state.database.close()
 
 
+async def test_an_update_after_a_refused_one_is_checked_too(pair):
+    await rejection(pair.anna, pair.tasks[0], update_of(value=np.nan))
+    assert "missing" in await rejection(pair.anna, pair.tasks[0], update_of({"a": (3, 4)}))
+    await pair.anna.decline(pair.tasks[0], "no wish to")
+    assert "NaN" in await rejection(pair.anna, pair.tasks[0], update_of(value=np.inf))
+    receipt = await pair.anna.answer(pair.tasks[0], 1.0)
+    assert receipt.status == federation_pb2.RECEIPT_STATUS_ACCEPTED
+
+
 async def test_an_update_from_another_base_is_rejected(pair):
     update = update_of()
     await pair.anna.upload(update)

@@ -64,9 +64,9 @@ class Federation:
         return True
 
     def may_upload(self, device_id: str) -> bool:
-        """True while a device has an open training task."""
+        """True while an update of this device would count."""
         keeper = self._coordinator.keeper
-        return keeper is not None and keeper.kind == "train" and keeper.open_for(device_id)
+        return keeper is not None and keeper.kind == "train" and keeper.takes_update(device_id)
 
     def count_download(self, size_bytes: int) -> None:
         """Bytes of tensors sent to a device in the present round."""
@@ -106,7 +106,7 @@ class Federation:
             )
         reason = (
             await self._fault(keeper, submission, base_digest)
-            if keeper.open_for(submission.device_id)
+            if keeper.takes_update(submission.device_id)
             else ""
         )
         answer = await self._coordinator.submit(keeper, _event_of(submission, reason), submission)

@@ -43,6 +43,12 @@ class RoundKeeper:
         )
         return current.state == RoundState.RUNNING and device_id in current.invited and not answered
 
+    def takes_update(self, device_id: str) -> bool:
+        """True while an update of this device would count; also after a refused one, or a task turned down."""
+        current = self.round
+        running = current.state == RoundState.RUNNING and device_id in current.invited
+        return running and current.accepted(device_id) is None
+
     def after(self, event: Event) -> tuple[Round, tuple[Effect, ...]]:
         """What an event would make of the round; nothing is changed."""
         return advance(self.round, event, time.time())
