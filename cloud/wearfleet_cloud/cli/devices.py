@@ -63,13 +63,19 @@ def show(
     device_id: DeviceId, config: ConfigFile = None, state: StateFolder = None, as_json: Json = False
 ) -> None:
     """Everything known of one device."""
+    from wearfleet_cloud.service.privacy_budget import privacy_of
     from wearfleet_cloud.storage import device_records
 
     with opened(config, state) as (_, service), service.database.read() as connection:
         device = device_records.find_device(connection, device_id)
         counts = device_records.stream_counts(connection, device_id)
         health = device_records.health_of(connection, device_id)
-    row = _summary(device, counts) | {"health": health, "streams": [_stream(count) for count in counts]}
+        privacy = privacy_of(connection, device_id)
+    row = _summary(device, counts) | {
+        "health": health,
+        "privacy": privacy,
+        "streams": [_stream(count) for count in counts],
+    }
     if as_json:
         print_json(row)
         return

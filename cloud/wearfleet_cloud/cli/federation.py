@@ -109,6 +109,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Runs with their rounds, bytes and the devices' own measurements."""
+    from wearfleet_cloud.service.privacy_budget import refusals
     from wearfleet_cloud.storage import run_records
 
     with opened(config, state) as (_, service), service.database.read() as connection:
@@ -119,6 +120,7 @@ def status(
                 run_records.list_rounds(connection, run.run_id),
                 run_records.list_submissions(connection, run.run_id),
             )
+            | {"not_asked": refusals(connection, run)}
             for run in runs
         ]
     if as_json:
@@ -136,6 +138,8 @@ def status(
                 for r in summary["rounds"]
             ],
         )  # fmt: skip
+        for device_id, reason in summary["not_asked"].items():
+            print(f"{device_id} is not asked: {reason}")
 
 
 @_group.command("stop")

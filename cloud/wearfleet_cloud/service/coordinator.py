@@ -43,6 +43,7 @@ from wearfleet_cloud.service.directory import Directory
 from wearfleet_cloud.service.folding import Folded, Folding
 from wearfleet_cloud.service.live import FinishedRound, LiveState
 from wearfleet_cloud.service.metrics import Metrics
+from wearfleet_cloud.service.privacy_budget import PrivacyBudget
 from wearfleet_cloud.service.round_keeper import RoundKeeper, first_round, kept_round, successor
 from wearfleet_cloud.service.round_view import accuracy, finished_round, round_view
 from wearfleet_cloud.service.run_context import ActiveRun, load_run
@@ -52,6 +53,7 @@ from wearfleet_cloud.service.waiting_room import WaitingRoom
 from wearfleet_cloud.storage.blobs import Blobs
 from wearfleet_cloud.storage.catalog import insert_artifact
 from wearfleet_cloud.storage.database import Database
+from wearfleet_cloud.storage.privacy_records import read_ledger
 from wearfleet_cloud.storage.run_records import (
     RunRow,
     Submission,
@@ -106,6 +108,7 @@ class Coordinator:
         self.stopping = False
         self._parts = parts
         self._folding = Folding(parts.blobs, parts.updates, parts.on_tensors)
+        self._budget = PrivacyBudget()
         self._history: tuple[FinishedRound, ...] = ()
         self._took_part: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -144,6 +147,7 @@ class Coordinator:
         if self.keeper is not None and self.keeper.round.state == RoundState.PLANNED:
             async with self.lock:
                 if self.keeper is not None and self.keeper.round.state == RoundState.PLANNED:
+                    self._budget.begin()
                     event = self._cohort(self.keeper)
                     if event is not None:
                         await self.happen(event)
@@ -195,6 +199,7 @@ class Coordinator:
     async def _transit(
         self, keeper: RoundKeeper, events: Sequence[tuple[Event, Submission | None]], works: Sequence[Work]
     ) -> list[Answer | None]:
+        self._budget.begin()
         todo, answers, all_effects = list(works), [], list[Effect]()
         current, accepted = keeper.round, list[Submission]()
         for event, submission in events:
@@ -210,10 +215,12 @@ class Coordinator:
         fetched_only = all(isinstance(event, TaskFetched) for event, _ in events)
         if current is not keeper.round and not fetched_only:  # who fetched is written with the next change
             todo.append(keeper.save(current))
+            todo += self._entries(keeper, current)
         ended = current.state in TERMINAL and not keeper.closed
         following = self._prepare_next(keeper, current, todo) if ended else None
         if todo:
             await self._parts.database.run(lambda connection: _carry_out(connection, todo))
+        self._budget.commit()
         keeper.round = current
         self._act(keeper, all_effects)
         if ended:
@@ -245,6 +252,12 @@ class Coordinator:
             if base is not None:
                 live.on_accuracy(device_id, base, accuracy(submission.metrics, "evaluate_after"))
 
+    def _entries(self, keeper: RoundKeeper, current: Round) -> list[Work]:
+        """What a round's new state writes into the ledger of privacy."""
+        assert self.run is not None
+        train = keeper.kind == "train"
+        return self._budget.enter(self.run.strategy.privacy, current) if train else []
+
     def _cohort(self, keeper: RoundKeeper) -> CohortSelected | None:
         """The clients of a planned round; None while too few are there."""
         assert self.run is not None
@@ -254,7 +267,7 @@ class Coordinator:
             chosen = tuple(sorted(self._took_part & active))
             return CohortSelected(chosen, len(chosen)) if chosen else None
         chosen = select_cohort(
-            self.room.connected() & active,
+            self._budget.allowed(self.run.strategy.privacy, self.room.connected() & active),
             settings.cohort,
             seed=settings.seed,
             round_number=keeper.round.number,
@@ -277,6 +290,7 @@ class Coordinator:
             todo.append(_finishing(run.run_id, state, closed.reason))
             return None
         todo.append(following.save(following.round))
+        todo += self._entries(following, following.round)
         return following
 
     async def _go_on(self, closed: RoundKeeper, following: RoundKeeper | None) -> None:
@@ -377,6 +391,7 @@ class Coordinator:
 
     async def _take(self, row: RunRow) -> None:
         run = await asyncio.to_thread(load_run, row, self._parts.blobs, self._parts.keys)
+        self._budget.load(await self._parts.database.run(read_ledger))
         rows, handed_in = await self._parts.database.run(
             lambda c: (list_rounds(c, row.run_id), list_submissions(c, row.run_id))
         )

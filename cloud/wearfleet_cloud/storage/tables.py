@@ -27,6 +27,7 @@ __all__ = [
     "enrolment_codes",
     "models",
     "predictions",
+    "privacy_spends",
     "releases",
     "revision",
     "rounds",
@@ -158,6 +159,20 @@ submissions: Final = Table(
     ForeignKeyConstraint(["run_id", "round"], ["rounds.run_id", "rounds.round"]),
 )
 """The primary key makes a repeated submission a duplicate, never a second vote."""
+
+privacy_spends: Final = Table(
+    "privacy_spends",
+    METADATA,
+    Column("run_id", String(64), primary_key=True),
+    Column("round", Integer, primary_key=True, autoincrement=False),
+    Column("device_id", String(64), ForeignKey("devices.device_id"), primary_key=True),
+    Column("noise_multiplier", Float, nullable=False),
+    Column("sampling_rate", Float, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("entered_ns", BigInteger, nullable=False),
+    ForeignKeyConstraint(["run_id", "round"], ["rounds.run_id", "rounds.round"]),
+)
+"""The ledger of privacy; the primary key makes a second entry for the same part in a round impossible."""
 
 streams: Final = Table(
     "streams",

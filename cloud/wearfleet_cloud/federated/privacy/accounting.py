@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from wearfleet_protos.errors import ConfigError
 
-__all__ = ["Spend", "epsilon_of"]
+__all__ = ["Spend", "epsilon_of", "require_library"]
 
 _ORDERS: Final = (*range(2, 257), 384, 512, 1024)
 
@@ -70,6 +70,15 @@ def epsilon_of(spends: Iterable[Spend], delta: float) -> float:
             event = library.PoissonSampledDpEvent(spend.sampling_rate, event)
         accountant.compose(event, spend.count)
     return float(accountant.get_epsilon(delta))
+
+
+def require_library() -> None:
+    """Make sure that costs can be told.
+
+    Raises:
+        ConfigError: the library for accounting is not installed.
+    """
+    _library()
 
 
 def _library() -> Any:

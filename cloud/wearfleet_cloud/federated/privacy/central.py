@@ -24,6 +24,7 @@ from wearfleet_protos.tensors import TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, Mean, weighted_mean
 from wearfleet_cloud.federated.base import Strategy
+from wearfleet_cloud.federated.privacy.accounting import require_library
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.robust.fold import fold_robustly
 
@@ -169,15 +170,17 @@ def next_clip(clip: float, fits: Sequence[bool], noise: float, expected_cohort: 
 
 
 def check_private(strategy: Strategy, specs: Sequence[TensorSpec]) -> None:
-    """Refuse a job that its privacy cannot protect, before it starts.
+    """Refuse a job that its privacy cannot protect, or whose cost could not be told, before it starts.
 
     Args:
         strategy: with its options.
         specs: of its client program, or of its plan.
 
     Raises:
-        ConfigError: as :func:`check_upload`, when privacy is central.
+        ConfigError: as :func:`check_upload`, when privacy is central; or the library for accounting is missing.
     """
+    if strategy.privacy.dp != "off":
+        require_library()
     if strategy.privacy.dp == "central":
         check_upload(specs, strategy.info.upload())
 

@@ -1,0 +1,138 @@
+"""A device's privacy over the service: entered once, also over a restart; over budget it is not asked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import typer
+from service_harness import (
+    GRAPH,
+    echo_plan,
+    enrolled_device,
+    fixed_ports,
+    running_service,
+    service_settings,
+    until,
+)
+from sqlalchemy import select
+from typer.testing import CliRunner
+from wearfleet_cloud.cli import devices as devices_cli
+from wearfleet_cloud.cli import federation as federation_cli
+from wearfleet_cloud.federated.cohort import CohortPolicy
+from wearfleet_cloud.federated.privacy.accounting import Spend, epsilon_of
+from wearfleet_cloud.federated.round import Round, RoundPolicy
+from wearfleet_cloud.service.run_context import RunSettings
+from wearfleet_cloud.service.run_setup import start_run
+from wearfleet_cloud.service.state import open_state
+from wearfleet_cloud.storage.run_records import list_rounds
+from wearfleet_cloud.storage.tables import privacy_spends
+from wearfleet_protos.tensors import decode_tensors, digest_of
+
+pytestmark = pytest.mark.broker
+
+SHAPES = {"a": (3, 4), "b": (5,)}
+PLAN = replace(echo_plan(SHAPES), strategy="fedavg", plan_id="private-echo")
+TWO_ROUNDS = epsilon_of([Spend(3.0, 1.0, 2)], 1e-5)
+OPTIONS = {
+    "dp": "central",
+    "noise_multiplier": 3.0,
+    "clip": 0.5,
+    "expected_cohort": 30,
+    "adaptive_clip": "on",
+    "count_noise": 2.0,
+    "max_epsilon": TWO_ROUNDS * (1 + 1e-9),
+}
+
+
+def begin(settings) -> str:
+    state = open_state(settings)
+    try:
+        return start_run(
+            state.database,
+            state.blobs,
+            state.keys,
+            plan=PLAN,
+            graphs={digest_of(GRAPH): GRAPH},
+            tensors={name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()},
+            settings=RunSettings(9, CohortPolicy(0, 2), RoundPolicy(quorum=2), OPTIONS, personalise=False),
+            now_ns=time.time_ns(),
+        )
+    finally:
+        state.database.close()
+
+
+def stored(settings, run_id) -> tuple[list[Round], set[tuple[int, str]]]:
+    """Rounds, and (round, device) of every entry."""
+    state = open_state(settings)
+    with state.database.read() as connection:
+        rounds = [Round.from_dict(row.snapshot) for row in list_rounds(connection, run_id)]
+        entries = {(r.round, r.device_id) for r in connection.execute(select(privacy_spends))}
+    state.database.close()
+    return rounds, entries
+
+
+async def play(devices, shifts) -> None:
+    tasks = await asyncio.gather(*(device.task() for device in devices))
+    await asyncio.gather(*(d.answer(t, s) for d, t, s in zip(devices, tasks, shifts, strict=True)))
+
+
+async def test_a_round_is_entered_once_and_over_budget_a_device_is_not_asked(tmp_path):
+    """Round 1 is published, 2 skipped (nothing spent), the service restarts in round 3, and round 4 asks nobody."""
+    settings = service_settings(tmp_path)
+    async with running_service(settings) as service:
+        devices = [await enrolled_device(service, name) for name in ("anna", "ben")]
+        run_id = await asyncio.to_thread(begin, settings)
+        await play(devices, (1.0, 3.0))
+        tasks = await asyncio.gather(*(device.task() for device in devices))
+        both = {device.device_id for device in devices}
+        assert stored(settings, run_id)[1] == {
+            (n, d) for n in (1, 2) for d in both
+        }  # before the plan is handed out
+        await devices[0].decline(tasks[0], "no power")
+        await devices[1].answer(tasks[1], 7.0)
+        await until(lambda: len(stored(settings, run_id)[0]) == 3)
+        assert stored(settings, run_id)[1] == {(n, d) for n in (1, 3) for d in both}
+        settings = fixed_ports(settings, service)
+    async with running_service(settings):
+        await play(devices, (-1.0, 0.5))
+        await until(lambda: len(stored(settings, run_id)[0]) == 4)
+        for device in devices:
+            await device.close()
+    rounds, entries = stored(settings, run_id)
+    assert [r.state for r in rounds] == ["published", "skipped", "published", "planned"]
+    assert entries == {(n, d) for n in (1, 3) for d in both}
+    _shows_why(settings, run_id, both)
+    _keeps_the_clip(settings, rounds)
+
+
+def _shows_why(settings, run_id: str, devices: set[str]) -> None:
+    app = typer.Typer()
+    devices_cli.register(app)
+    federation_cli.register(app)
+
+    def call(*words: str):
+        state = ["--state", str(settings.service.state_dir), "--json"]
+        result = CliRunner().invoke(app, [*words, *state], catch_exceptions=False)
+        return json.loads(result.output)
+
+    shown = call("devices", "show", min(devices))["privacy"]
+    assert shown["epsilon"] == pytest.approx(TWO_ROUNDS, rel=1e-12)
+    assert (shown["delta"], shown["rounds"]) == (1e-5, 2)
+    assert "privacy budget" in shown["not_asked"][run_id]
+    assert call("federation", "status", run_id)["not_asked"].keys() == devices
+
+
+def _keeps_the_clip(settings, rounds: list[Round]) -> None:
+    """The clip and the number of noised rounds are stored with the round, and a skipped one leaves them."""
+    state = open_state(settings)
+    first, skipped, third, _ = rounds
+    assert first.result_state == skipped.base_state == third.base_state
+    kept = [decode_tensors(state.blobs.read(r.result_state)) for r in (first, third)]
+    assert [int(k["privacy/rounds"]) for k in kept] == [1, 2]
+    assert kept[0]["privacy/clip"] not in (0.5, kept[1]["privacy/clip"])
+    state.database.close()
