@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError
-from wearfleet_protos.plan import Phase, Plan, batches, rng_key
+from wearfleet_protos.plan import Phase, Plan, batches, part_of, rng_key
 from wearfleet_protos.tensors import Digest, check_finite, digest_of
 
 from wearfleet_edge.graph import inspect_graph
@@ -171,7 +171,7 @@ def run_plan(
     steps = 0
     for index, phase in enumerate(plan.phases):
         program = _PhaseProgram(plan, phase, _verified(graphs, phase), cells)
-        windows = data.train if phase.loop.split == "train" else data.holdout
+        windows = part_of(phase.loop.split, data.train, data.holdout)
         ran = 0
         for ran, rows in enumerate(batches(phase.loop, plan.seed, round_number, len(windows)), start=1):
             program.step(windows, rows, rng_key(plan.seed, round_number, index, ran - 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from wearfleet_protos.tensors import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from wearfleet_protos.windowing import LabelledWindows
+
 __all__ = [
     "BATCH_INPUTS",
     "PLAN_MEDIA_TYPE",
@@ -38,8 +40,10 @@ __all__ = [
     "OutputBinding",
     "Phase",
     "Plan",
+    "Split",
     "UploadSpec",
     "batches",
+    "part_of",
     "rng_key",
     "shuffle_order",
     "tensor_spec_from_json",
@@ -48,6 +52,8 @@ __all__ = [
 PLAN_MEDIA_TYPE: Final = "application/vnd.wearfleet.plan.v1+json"
 BATCH_INPUTS: Final = ("x", "y", "weight", "rng")
 """x (B, C, T) float32; y (B,) int64; weight (B,) float32, 0 for padding; rng () int64 key of the step."""
+
+Split = Literal["train", "fit", "select", "holdout"]
 
 _MODEL_GROUPS: Final = (TensorGroup.PARAM, TensorGroup.BUFFER)
 _MAX_TENSORS: Final = 10_000
@@ -89,14 +95,15 @@ class Loop:
     """How often a phase's graph runs, and on which windows.
 
     Args:
-        split: ``train`` (the earlier part of the wearer's recording) or ``holdout`` (the later part).
+        split: ``train`` (the earlier part of the wearer's recording), ``holdout`` (the later part), or a part of
+            ``train``: ``select`` (every fifth window, to decide by) and ``fit`` (the others); see :func:`part_of`.
         batch_size: B; the last short batch is padded with zeros of weight 0.
         epochs: passes over the split.
         max_steps: stop after so many steps; 0 means no limit.
         shuffle: permute the windows each epoch with :func:`shuffle_order`.
     """
 
-    split: Literal["train", "holdout"]
+    split: Split
     batch_size: int
     epochs: int
     max_steps: int
@@ -259,7 +266,7 @@ def _validate_phase(phase: Phase, tensors: set[str]) -> None:
                 f"phase {phase.name}: output {output.output} writes unknown tensor {output.target!r}"
             )
     loop = phase.loop
-    if loop.split not in ("train", "holdout") or loop.batch_size < 1 or loop.epochs < 1 or loop.max_steps < 0:
+    if loop.split not in get_args(Split) or loop.batch_size < 1 or loop.epochs < 1 or loop.max_steps < 0:
         raise ProtocolError(f"phase {phase.name}: loop is out of range: {loop}")
 
 
@@ -413,6 +420,18 @@ def shuffle_order(seed: int, round_number: int, epoch: int, count: int) -> NDArr
     """(count,) the order of the windows in one epoch; the same in torch and on the device."""
     generator = np.random.Generator(np.random.PCG64(rng_key(seed, round_number, 0x5BF, epoch)))
     return generator.permutation(count).astype(np.int64)
+
+
+def part_of(split: Split, train: LabelledWindows, holdout: LabelledWindows) -> LabelledWindows:
+    """The windows of a split; the same on the device and in a simulation.
+
+    Neighbours of a window in ``select`` are in ``fit``, and windows may overlap: what is decided by ``select`` is decided
+    by windows that are not quite new.
+    """
+    if split in ("train", "holdout"):
+        return train if split == "train" else holdout
+    chosen = np.arange(len(train)) % 5 == 4
+    return train.select(chosen if split == "select" else ~chosen)
 
 
 def batches(loop: Loop, seed: int, round_number: int, count: int) -> Iterator[NDArray[np.int64]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from wearfleet_protos.plan import Phase, Plan, batches, rng_key
+from wearfleet_protos.plan import Phase, Plan, batches, part_of, rng_key
 from wearfleet_protos.tensors import Digest
 from wearfleet_protos.windowing import LabelledWindows
 
@@ -35,7 +35,7 @@ def run_plan(
     metrics: dict[str, float] = {}
     for index, phase in enumerate(plan.phases):
         session = open_graph(graphs[phase.graph])
-        chosen = windows[phase.loop.split]
+        chosen = part_of(phase.loop.split, windows["train"], windows["holdout"])
         for step, rows in enumerate(batches(phase.loop, plan.seed, round_number, len(chosen))):
             batch = padded(chosen, rows, phase.loop.batch_size)
             batch["rng"] = np.asarray(rng_key(plan.seed, round_number, index, step), np.int64)

@@ -17,12 +17,14 @@ from wearfleet_cloud.federated.fedavgm import FedAvgM
 from wearfleet_cloud.federated.fedbn import FedBN
 from wearfleet_cloud.federated.fedbuff import FedBuff
 from wearfleet_cloud.federated.fedclip import FedClip
+from wearfleet_cloud.federated.fedhealth2 import FedHealth2
 from wearfleet_cloud.federated.fednova import FedNova
 from wearfleet_cloud.federated.fedper import FedPer
 from wearfleet_cloud.federated.fedprox import FedProx
 from wearfleet_cloud.federated.fedrep import FedRep
 from wearfleet_cloud.federated.fedyogi import FedYogi
 from wearfleet_cloud.federated.local_only import LocalOnly
+from wearfleet_cloud.federated.metafed import MetaFed
 from wearfleet_cloud.federated.perfedavg import PerFedAvg
 from wearfleet_cloud.federated.scaffold import Scaffold
 from wearfleet_cloud.federated.training_options import option_names, parse_options
@@ -39,12 +41,14 @@ STRATEGIES: Final[Mapping[str, type[AveragingStrategy]]] = {
     "fedbn": FedBN,
     "fedbuff": FedBuff,
     "fedclip": FedClip,
+    "fedhealth2": FedHealth2,
     "fednova": FedNova,
     "fedper": FedPer,
     "fedprox": FedProx,
     "fedrep": FedRep,
     "fedyogi": FedYogi,
     "local": LocalOnly,
+    "metafed": MetaFed,
     "perfedavg": PerFedAvg,
     "scaffold": Scaffold,
 }

@@ -20,6 +20,7 @@ __all__ = [
     "GradientRule",
     "Loss",
     "Tensors",
+    "cross_entropy",
     "embedding_of",
     "evaluation_step",
     "is_trained",
@@ -59,7 +60,7 @@ def evaluation_step(model: nn.Module) -> Step:
 
     def step(given: Tensors) -> Tensors:
         logits = functional_call(evaluated, {name: given[name] for name in names}, (given["x"],))
-        return _metrics(logits, _cross_entropy(logits, given["y"]), given)
+        return _metrics(logits, cross_entropy(logits, given["y"]), given)
 
     return step
 
@@ -123,7 +124,7 @@ def loss_gradient(
             tensors = trained.names({**params, **fixed})
             arguments = (given["x"], given["weight"], given["rng"])
             features, logits = functional_call(trained, tensors, arguments)
-            losses = _cross_entropy(logits, given["y"])
+            losses = cross_entropy(logits, given["y"])
             value = weighted_mean(losses, given) if loss is None else loss(features, logits, given)
             after = {name: tensors[_Embedding.PREFIX + name] for name in rest}
             changed = {name: tensor for name, tensor in after.items() if tensor is not fixed[name]}
@@ -135,11 +136,15 @@ def loss_gradient(
     return gradient
 
 
-def embedding_of(model: Classifier, tensors: Tensors, x: Tensor) -> Tensor:
-    """(B, F) the embedding of a batch in evaluation mode, by the given tensors of a model; no gradient."""
+def embedding_of(model: Classifier) -> Callable[[Tensors, Tensor], Tensor]:
+    """From tensors of a model and windows (B, C, T) to their embedding (B, F) in evaluation mode; no gradient."""
     network = _Embedding(copy.deepcopy(model).eval())
-    features: Tensor = functional_call(network, network.names(tensors), (x, None, None))[0]
-    return features.detach()
+
+    def embedding(tensors: Tensors, x: Tensor) -> Tensor:
+        features: Tensor = functional_call(network, network.names(tensors), (x, None, None))[0]
+        return features.detach()
+
+    return embedding
 
 
 def weighted_mean(losses: Tensor, given: Tensors) -> Tensor:
@@ -187,7 +192,7 @@ def is_trained(spec: TensorSpec, roles: Collection[TensorRole] = TRAINED_ROLES) 
     return spec.group == TensorGroup.PARAM and spec.role in roles
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, K), (B,) -> (B,) nats; written with a comparison, whose gradient needs no scatter."""
     chosen = (labels[:, None] == torch.arange(logits.shape[1], device=labels.device)).to(logits.dtype)
     return -(torch.log_softmax(logits, dim=1) * chosen).sum(dim=1)

@@ -111,6 +111,16 @@ def _elementwise(name: str) -> Rule:
     return lambda lo, node, args: lo.emit(name, node, *args)
 
 
+def _bitwise(name: str) -> Rule:
+    """ONNX has an operator for integers, and one without the prefix for truth values."""
+
+    def rule(lo: Lowering, node: Node, args: Args) -> Value:
+        logical = node.meta["val"].dtype == torch.bool
+        return lo.emit(name if logical else f"Bitwise{name}", node, *args)
+
+    return rule
+
+
 def _scaled(name: str) -> Rule:
     """Addition or subtraction; ``alpha`` is refused because no step of ours uses it."""
 
@@ -364,10 +374,10 @@ _TABLE: Final[dict[Any, Rule]] = {
     _ATEN.amax: _reduce("ReduceMax"),
     _ATEN.arange: _arange,
     _ATEN.argmax: _argmax,
-    _ATEN.bitwise_and: _elementwise("BitwiseAnd"),
-    _ATEN.bitwise_or: _elementwise("BitwiseOr"),
+    _ATEN.bitwise_and: _bitwise("And"),
+    _ATEN.bitwise_or: _bitwise("Or"),
     _ATEN.bitwise_right_shift: _shift_right,
-    _ATEN.bitwise_xor: _elementwise("BitwiseXor"),
+    _ATEN.bitwise_xor: _bitwise("Xor"),
     _ATEN.bmm: _elementwise("MatMul"),
     _ATEN.cat: _concat,
     _ATEN.clamp: _clamp,

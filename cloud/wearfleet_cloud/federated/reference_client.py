@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from wearfleet_models.classifier import Classifier
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.plan import batches, rng_key
+from wearfleet_protos.plan import batches, part_of, rng_key
 from wearfleet_protos.tensors import TensorSpec
 from wearfleet_protos.windowing import LabelledWindows
 
@@ -66,7 +66,8 @@ def run_client(
     state = dict(start)
     metrics: dict[str, float] = {}
     for index, phase in enumerate(program.phases):
-        state, sums = _run_phase(phase, state, windows[phase.loop.split], (seed, round_number, index))
+        chosen = part_of(phase.loop.split, windows["train"], windows["holdout"])
+        state, sums = _run_phase(phase, state, chosen, (seed, round_number, index))
         metrics |= {f"{phase.name}/{name}": value for name, value in sums.items()}
     upload = strategy.info.upload()
     sent = [s.name for s in program.tensors if s.role in upload.roles and s.group in upload.groups]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 from wearfleet_models.classifier import Classifier
-from wearfleet_protos.plan import batches, rng_key
+from wearfleet_protos.plan import batches, part_of, rng_key
 from wearfleet_protos.tensors import TensorSpec
 from wearfleet_protos.windowing import LabelledWindows
 
@@ -116,7 +116,7 @@ class StackedClients:
         sums: list[dict[str, float]] = [{} for _ in clients]
         steps = np.zeros(len(clients), np.int64)
         for index, phase in enumerate(self._program.phases):
-            windows = [client.train if phase.loop.split == "train" else client.holdout for client in clients]
+            windows = [part_of(phase.loop.split, client.train, client.holdout) for client in clients]
             made, metrics = self._phase(phase, state, windows, (round_number, index))
             steps += made
             for client, values in zip(range(len(clients)), metrics, strict=True):

@@ -46,6 +46,10 @@ STEPS: dict[str, Step] = {
     "convolution": lambda t: {"r": F.conv1d(t["a"], t["b"][:, :, :3])},
     "pool": lambda t: {"r": F.max_pool1d(t["a"], 3)},
     "argmax": lambda t: {"r": (t["a"].argmax(1) == 2).to(torch.float32)},
+    "logic": lambda t: {
+        "r": ((t["a"] > 0) & (t["b"] > 1)).to(torch.float32),
+        "s": (t["a"] > 0) | (t["b"] > 1),
+    },
     "types": lambda t: {"r": (t["a"] * 10).to(torch.int64) * 3 + torch.arange(4), "s": t["a"] >= 1},
     "filled": lambda t: {"r": torch.full_like(t["a"], 2.5) + torch.zeros(3, 1) + torch.ones(2048).sum()},
 }

@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "fednova": {"mu": 0.1, "epochs": 2},
     "fedrep": {"head_epochs": 2},
     "ditto": {"pull": 0.3},
+    "metafed": {"warm_rounds": 1, "threshold": 0.3},
     "perfedavg": {"form": "hessian_free", "batch_size": 5, "delta": 0.1},
     "scaffold": {"epochs": 2},
     "local": {"epochs": 2},
