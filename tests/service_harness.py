@@ -32,6 +32,7 @@ from wearfleet_cloud.service.serve import Service
 from wearfleet_cloud.service.state import State, open_state
 from wearfleet_cloud.storage.run_records import find_run
 from wearfleet_protos.chunks import CHUNK_BYTES, crc32c
+from wearfleet_protos.codecs import FLOAT32, UpdateCodec
 from wearfleet_protos.manifest import MODEL_INPUT, MODEL_OUTPUTS, ModelManifest, metadata_of
 from wearfleet_protos.messages import ClockQuality, Header, Prediction, SensorWindow
 from wearfleet_protos.plan import (
@@ -379,7 +380,7 @@ async def enrolled_device(service: Service, name: str = "anna") -> Device:
     )
 
 
-def echo_plan(shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+def echo_plan(shapes: Mapping[str, tuple[int, ...]], codec: UpdateCodec = FLOAT32) -> Plan:
     """A plan of FedAvg over some float32 tensors; its graph is never run."""
     specs = tuple(
         TensorSpec(name, "float32", shape, TensorRole.SHARED, TensorGroup.PARAM)
@@ -402,7 +403,7 @@ def echo_plan(shapes: Mapping[str, tuple[int, ...]]) -> Plan:
         contract=CONTRACT,
         tensors=specs,
         phases=(phase,),
-        upload=UploadSpec((TensorRole.SHARED,), (TensorGroup.PARAM,), "delta", "float32"),
+        upload=UploadSpec((TensorRole.SHARED,), (TensorGroup.PARAM,), "delta", codec),
         keep_local=(),
         budget=Budget(60.0, 64 * 1024 * 1024, 1),
         seed=1,
@@ -452,6 +453,7 @@ def begin_run(
     deadline_s: float = 30.0,
     quorum: int = 1,
     personalise: bool = False,
+    codec: UpdateCodec = FLOAT32,
 ) -> str:
     """Start a run of zeros the way the command line does."""
     state = open_state(settings)
@@ -460,7 +462,7 @@ def begin_run(
             state.database,
             state.blobs,
             state.keys,
-            plan=echo_plan(shapes),
+            plan=echo_plan(shapes, codec),
             graphs={digest_of(GRAPH): GRAPH},
             tensors={name: np.zeros(shape, np.float32) for name, shape in shapes.items()},
             settings=RunSettings(

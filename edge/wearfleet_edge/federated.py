@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from wearfleet_protos.codecs import Encoded, Residual
 from wearfleet_protos.errors import (
     ConflictError,
     DeniedError,
@@ -260,7 +261,7 @@ class FederatedWorker:
     def _fetch_plan(self, task: Task) -> Plan:
         plan = self._plans.fetch(task)
         graphs = {p.graph: p.graph_bytes for p in plan.phases if not self._artifacts.has(p.graph)}
-        uploaded = 0 if task.personalise else sum(spec.size_bytes for spec in plan.upload_specs())
+        uploaded = 0 if task.personalise else plan.update_format().most_bytes(task.round_number)
         total = task.tensors_bytes + sum(graphs.values()) + uploaded
         allowed = min(plan.budget.max_bytes, self._device.max_bytes)
         if total > allowed:
@@ -279,17 +280,13 @@ class FederatedWorker:
     ) -> PendingResult:
         base = self._device.base()
         metrics = {"base/correct": float(base.correct), "base/count": float(base.count), **result.metrics}
-        update = local = personal = b""
+        update = local = personal = owed = b""
         if task.personalise:
             personal, own = self._personalise(task, plan, result, installed)
             metrics |= {"personal/correct": float(own.correct), "personal/count": float(own.count)}
         else:
-            tensors = upload_tensors(plan, before, result.state)
-            update = (
-                encode_tensors(tensors)
-                if self._secure is None
-                else self._secure.masked(tensors, result.num_examples)
-            )
+            encoded, lost = self._encode(task, plan, before, result)
+            update, owed, was_reset = encoded.data, encoded.residual.to_bytes(), was_reset or lost
             names = [spec.name for spec in plan.local_specs()]
             local = encode_tensors({name: result.state[name] for name in names}) if names else b""
         told = not task.without_figures and not self._device.secure_only
@@ -305,7 +302,18 @@ class FederatedWorker:
             train_seconds=result.seconds if told else 0.0,
             local_state_reset=was_reset and told,
         )
-        return PendingResult(submission, update, local, personal)
+        return PendingResult(submission, update, local, personal, owed)
+
+    def _encode(self, task: Task, plan: Plan, before: Tensors, result: PlanResult) -> tuple[Encoded, bool]:
+        """The update masked, or in the plan's codec; and whether what earlier ones still owed was lost."""
+        update = upload_tensors(plan, before, result.state)
+        if self._secure is not None:
+            return Encoded(self._secure.masked(update, result.num_examples), Residual()), False
+        residual, lost = self._local.residual(task.run_id)
+        encoded = plan.update_format().encode(
+            update, residual, round_number=task.round_number, client=task.attempt_id
+        )
+        return encoded, lost
 
     def _personalise(
         self, task: Task, plan: Plan, result: PlanResult, installed: InstalledModel

@@ -1,4 +1,4 @@
-"""What federated learning keeps on the device: local tensors of a run, and the result that waits for its receipt.
+"""What federated learning keeps on the device: tensors of a run, what its codec lost, and a result without receipt.
 
 A result is written to ``pending`` and becomes the device's state only when the server has counted it; so a round
 that the server never counted leaves no trace, whenever the power fails.
@@ -11,6 +11,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from wearfleet_protos.codecs import Residual
 from wearfleet_protos.errors import DataError, WearfleetError
 from wearfleet_protos.tensors import decode_tensors, encode_tensors, tensor_metadata
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["LocalState", "PendingResult", "PersonalOrigin", "encode_personal"]
 
 _KEPT_RUNS = 4
+_PARTS = ("update", "local", "personal", "residual")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,16 @@ class PersonalOrigin:
 
 @dataclass(frozen=True, slots=True)
 class PendingResult:
-    """A computed result: what to submit, the update's bytes (empty when none), and what to keep once it counts."""
+    """A computed result: what to submit, the update's bytes (empty when none), and what to keep once it counts.
+
+    ``residual`` is :meth:`Residual.to_bytes` of what the update's codec lost, empty when nothing is owed.
+    """
 
     submission: Submission
     update: bytes
     local: bytes
     personal: bytes
+    residual: bytes = b""
 
 
 class LocalState:
@@ -62,8 +68,9 @@ class LocalState:
         self._personal = state.personal
         self._pending = state.federated / "pending"
         self._runs = state.federated / "runs"
-        self._pending.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._runs.mkdir(mode=0o700, exist_ok=True)
+        self._residuals = state.federated / "residuals"
+        for folder in (self._pending, self._runs, self._residuals):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def local_tensors(self, run_id: str, specs: Iterable[TensorSpec]) -> tuple[Tensors, bool]:
         """Tensors kept from the last counted round of a run.
@@ -71,7 +78,7 @@ class LocalState:
         Returns:
             The tensors, empty when there are none; and whether some were lost because their file is damaged.
         """
-        path = self._run_file(run_id)
+        path = self._runs / _file_name(run_id)
         if not path.exists():
             return {}, False
         try:
@@ -79,10 +86,21 @@ class LocalState:
         except WearfleetError:
             return {}, True
 
+    def residual(self, run_id: str) -> tuple[Residual, bool]:
+        """What the last counted update of a run left behind; and whether it was lost because its file is damaged."""
+        path = self._residuals / _file_name(run_id)
+        if not path.exists():
+            return Residual(), False
+        try:
+            return Residual.from_bytes(path.read_bytes()), False
+        except WearfleetError:
+            return Residual(), True
+
     def save(self, result: PendingResult) -> None:
         """Keep a result until its receipt; the submission is written last, so it is whole or not there."""
         self.discard()
-        for name, data in (("update", result.update), ("local", result.local), ("personal", result.personal)):
+        for name in _PARTS:
+            data = getattr(result, name)
             if data:
                 atomic_write(self._pending / name, data)
         write_json(self._pending / "submission.json", asdict(result.submission))
@@ -96,13 +114,14 @@ class LocalState:
             submission = Submission(**read_json(path))
         except TypeError as error:
             raise DataError(f"{path}: damaged ({error}); delete the folder {self._pending}") from error
-        return PendingResult(submission, *(self._read(name) for name in ("update", "local", "personal")))
+        return PendingResult(submission, **{name: self._read(name) for name in _PARTS})
 
     def promote(self, result: PendingResult) -> None:
         """The server has counted the result: what it made is the device's state now. Safe to repeat."""
-        if result.local:
-            atomic_write(self._run_file(result.submission.run_id), result.local)
-            self._forget_old_runs()
+        for folder, data in ((self._runs, result.local), (self._residuals, result.residual)):
+            if data:
+                atomic_write(folder / _file_name(result.submission.run_id), data)
+                _forget_old_runs(folder)
         if result.personal:
             atomic_write(self._personal, result.personal, mode=0o600)
         self.discard()
@@ -132,13 +151,15 @@ class LocalState:
         path = self._pending / name
         return path.read_bytes() if path.exists() else b""
 
-    def _run_file(self, run_id: str) -> Path:
-        return self._runs / hashlib.sha256(run_id.encode()).hexdigest()[:32]
 
-    def _forget_old_runs(self) -> None:
-        files = sorted(self._runs.iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in files[:-_KEPT_RUNS]:
-            path.unlink()
+def _file_name(run_id: str) -> str:
+    return hashlib.sha256(run_id.encode()).hexdigest()[:32]
+
+
+def _forget_old_runs(folder: Path) -> None:
+    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in files[:-_KEPT_RUNS]:
+        path.unlink()
 
 
 def encode_personal(personal: Personal, origin: PersonalOrigin) -> bytes:

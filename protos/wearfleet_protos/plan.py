@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 import numpy as np
 
 from wearfleet_protos.canonical import canonical_json, parse_json, take
+from wearfleet_protos.codecs import FLOAT32, UpdateCodec, UpdateFormat
 from wearfleet_protos.errors import ProtocolError, WearfleetError
 from wearfleet_protos.recording import Channel
 from wearfleet_protos.tensors import (
@@ -125,12 +126,15 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class UploadSpec:
-    """What goes back: tensors of these roles and groups, as difference to the start value or as value."""
+    """What goes back: tensors of these roles and groups, as difference to the start value or as value, in a codec.
+
+    Only differences can be coded with loss.
+    """
 
     roles: tuple[TensorRole, ...]
     groups: tuple[TensorGroup, ...]
     form: Literal["delta", "value"]
-    codec: Literal["float32"]
+    codec: UpdateCodec = FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +202,10 @@ class Plan:
         chosen = (t for t in self.tensors if t.role in self.upload.roles and t.group in self.upload.groups)
         return tuple(sorted(chosen, key=lambda t: t.name))
 
+    def update_format(self) -> UpdateFormat:
+        """How an update becomes bytes, and back."""
+        return UpdateFormat(self.upload_specs(), self.upload.codec, self.seed)
+
     def download_specs(self) -> tuple[TensorSpec, ...]:
         """Specifications of the tensors that the server sends, in name order: the model's, and global ones beside."""
         chosen = (t for t in self.tensors if t.origin in ("global", "local") and not t.copy_of)
@@ -225,6 +233,8 @@ def _validate(plan: Plan) -> None:
         raise ProtocolError(f"plan must have at most {_MAX_TENSORS} tensors with different names")
     for tensor in plan.tensors:
         _validate_tensor(plan, tensor, known)
+    if plan.upload.form != "delta" and plan.upload.codec != FLOAT32:
+        raise ProtocolError(f"codec {plan.upload.codec.name} is for differences, the plan uploads values")
     overlap = set(plan.upload.roles) & set(plan.keep_local)
     if overlap:
         raise ProtocolError(f"roles {sorted(overlap)} are both uploaded and kept local")
@@ -283,7 +293,7 @@ def _to_json(plan: Plan) -> dict[str, object]:
             "roles": [str(r) for r in plan.upload.roles],
             "groups": [str(g) for g in plan.upload.groups],
             "form": plan.upload.form,
-            "codec": plan.upload.codec,
+            "codec": plan.upload.codec.to_json(),
         },
         "keep_local": [str(r) for r in plan.keep_local],
         "budget": {
@@ -376,8 +386,8 @@ def _phase_from_json(value: object) -> Phase:
 def _plan_from_json(value: Mapping[str, Any]) -> Plan:
     row = take(value, Plan, "plan")
     upload = take(row["upload"], UploadSpec, "upload")
-    if upload["form"] not in ("delta", "value") or upload["codec"] != "float32":
-        raise ProtocolError(f"upload form or codec is unknown: {upload['form']!r}, {upload['codec']!r}")
+    if upload["form"] not in ("delta", "value"):
+        raise ProtocolError(f"upload form is unknown: {upload['form']!r}")
     budget = take(row["budget"], Budget, "budget")
     return Plan(
         plan_id=str(row["plan_id"]),
@@ -391,7 +401,7 @@ def _plan_from_json(value: Mapping[str, Any]) -> Plan:
             roles=tuple(TensorRole(r) for r in upload["roles"]),
             groups=tuple(TensorGroup(g) for g in upload["groups"]),
             form=upload["form"],
-            codec=upload["codec"],
+            codec=UpdateCodec.from_json(upload["codec"]),
         ),
         keep_local=tuple(TensorRole(r) for r in row["keep_local"]),
         budget=Budget(float(budget["seconds"]), int(budget["max_bytes"]), int(budget["min_examples"])),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from wearfleet_protos.codecs import FLOAT32
 from wearfleet_protos.manifest import ModelManifest, metadata_of
 from wearfleet_protos.plan import (
     Budget,
@@ -160,7 +161,12 @@ BATCH_INPUTS = [
 METRICS = [_value(n, TensorProto.FLOAT, []) for n in ("loss_sum", "correct", "count")]
 
 
-def train_graph():
+WIDE = TensorSpec("wide", "float32", (300,), TensorRole.HEAD, TensorGroup.PARAM)
+WIDE_STEP = np.random.default_rng(5).normal(0, 1e-3, 300).astype(np.float32)
+"""A tensor large enough for a codec, and what every training step adds to it."""
+
+
+def train_graph(*, wide=False):
     """One step of gradient descent on the head; the running mean moves to nowhere, the counter counts."""
     nodes = [
         *_feature_nodes("x"),
@@ -193,7 +199,13 @@ def train_graph():
         *BATCH_INPUTS,
         _value("lr", TensorProto.FLOAT, []),
     ]
-    return _model_proto(nodes, inputs, [*outputs, *METRICS], CONSTANTS)
+    constants = CONSTANTS
+    if wide:
+        nodes.append(helper.make_node("Add", ["wide", "wide_step"], ["new/wide"]))
+        inputs.append(_value("wide", TensorProto.FLOAT, [300]))
+        outputs.append(_value("new/wide", TensorProto.FLOAT, [300]))
+        constants = (*CONSTANTS, ("wide_step", WIDE_STEP))
+    return _model_proto(nodes, inputs, [*outputs, *METRICS], constants)
 
 
 def evaluate_graph():
@@ -216,11 +228,17 @@ def reference_step(tensors, x, y, lr):
     }
 
 
-def make_plan(*, local_norms=True, epochs=2, lr=0.5, budget=None, graph=None):
-    """(plan, graphs): measure, train, measure; with ``local_norms`` the running mean stays on the device."""
-    train, evaluate = train_graph() if graph is None else graph, evaluate_graph()
+def make_plan(*, local_norms=True, epochs=2, lr=0.5, budget=None, graph=None, codec=None):
+    """(plan, graphs): measure, train, measure; with ``local_norms`` the running mean stays on the device.
+
+    With a ``codec`` there is a tensor ``wide`` that is large enough for it, beside those of the model.
+    """
+    train, evaluate = graph or train_graph(wide=codec is not None), evaluate_graph()
     keep = (TensorRole.NORM_STAT,) if local_norms else ()
     tensors = tuple(replace(s, origin="local") if s.role in keep else s for s in SPECS)
+    moving = ("norm.count",)
+    if codec is not None:
+        tensors, moving = (*tensors, WIDE), ("norm.count", "wide")
     state = ("head.bias", "head.weight", "norm.mean")
     batch = ("x", "y", "weight")
     metrics = tuple(OutputBinding(n, "metric", n, "sum") for n in ("loss_sum", "correct", "count"))
@@ -243,8 +261,12 @@ def make_plan(*, local_norms=True, epochs=2, lr=0.5, budget=None, graph=None):
         "train",
         digest_of(train),
         len(train),
-        (*reading, InputBinding("norm.count", "state", "norm.count"), InputBinding("lr", "scalar", "lr")),
-        (*(OutputBinding(f"new/{n}", "state", n) for n in (*state, "norm.count")), *metrics),
+        (
+            *reading,
+            *(InputBinding(n, "state", n) for n in moving),
+            InputBinding("lr", "scalar", "lr"),
+        ),
+        (*(OutputBinding(f"new/{n}", "state", n) for n in (*state, *moving)), *metrics),
         Loop("train", BATCH, epochs, 0, True),
         (("lr", lr),),
     )
@@ -257,7 +279,7 @@ def make_plan(*, local_norms=True, epochs=2, lr=0.5, budget=None, graph=None):
         contract=CONTRACT,
         tensors=tensors,
         phases=(measure("evaluate_before"), learn, measure("evaluate_after")),
-        upload=UploadSpec(roles, (TensorGroup.PARAM, TensorGroup.BUFFER), "delta", "float32"),
+        upload=UploadSpec(roles, (TensorGroup.PARAM, TensorGroup.BUFFER), "delta", codec or FLOAT32),
         keep_local=keep,
         budget=budget or Budget(60.0, 1 << 20, 2),
         seed=11,

@@ -16,10 +16,8 @@ from wearfleet_protos.codecs import (
     Residual,
     Turn,
     UpdateCodec,
-    decode_update,
-    encode_update,
+    UpdateFormat,
     is_coded,
-    most_update_bytes,
 )
 from wearfleet_protos.codecs.family import Reader
 from wearfleet_protos.codecs.linear import BLOCK, Int4, Int8
@@ -67,10 +65,24 @@ def update_of(seed: int, scale: float = 1e-3) -> dict[str, np.ndarray]:
     return {**update, "norm.count": np.array(41, np.int64), "used": np.array([True, False, True])}
 
 
+def encoded(update, codec, residual=None, *, turn=TURN, client="a", specs=SPECS):
+    return UpdateFormat(specs, codec, turn.seed).encode(
+        update, residual or Residual(), round_number=turn.round_number, client=client
+    )
+
+
+def decoded(data, codec, specs=SPECS):
+    return UpdateFormat(specs, codec, TURN.seed).decode(data)
+
+
+def most_bytes(codec, specs=SPECS):
+    return UpdateFormat(specs, codec, TURN.seed).most_bytes(TURN.round_number)
+
+
 def sent(update, codec, residual=None, *, turn=TURN, client="a"):
     """What arrives, what is owed, and how many bytes it took."""
-    made = encode_update(update, SPECS, codec, residual or Residual(), turn=turn, client=client)
-    return decode_update(made.data, SPECS, codec, turn=turn), made.residual, len(made.data)
+    made = encoded(update, codec, residual, turn=turn, client=client)
+    return decoded(made.data, codec), made.residual, len(made.data)
 
 
 def test_every_codec_is_tried_here() -> None:
@@ -92,9 +104,9 @@ def test_small_tensors_statistics_counters_and_auxiliary_ones_arrive_to_the_bit(
 
 def test_float32_is_the_safetensors_that_older_devices_send() -> None:
     update = update_of(1)
-    made = encode_update(update, SPECS, FLOAT32, Residual(), turn=TURN, client="a")
+    made = encoded(update, FLOAT32)
     assert made.data == encode_tensors(update)
-    np.testing.assert_array_equal(decode_update(made.data, SPECS, FLOAT32, turn=TURN)["fc"], update["fc"])
+    np.testing.assert_array_equal(decoded(made.data, FLOAT32)["fc"], update["fc"])
 
 
 def test_sizes_are_those_of_the_table() -> None:
@@ -111,10 +123,10 @@ def test_sizes_are_those_of_the_table() -> None:
         "powersgd": 4 * low_rank,
     }
     for name, size in wanted.items():
-        assert sent(update_of(1), CODECS[name])[2] == 4 + PLAIN_BYTES + size, name
-        assert most_update_bytes(SPECS, CODECS[name], turn=TURN) == 4 + PLAIN_BYTES + size, name
+        assert sent(update_of(1), CODECS[name])[2] == 8 + PLAIN_BYTES + size, name
+        assert most_bytes(CODECS[name]) == 8 + PLAIN_BYTES + size, name
     # a sorted gap is 19 on average, below 128 nearly always: one byte beside two of the value
-    assert sent(update_of(1), CODECS["topk"])[2] <= 4 + PLAIN_BYTES + 2 + 3.05 * k
+    assert sent(update_of(1), CODECS["topk"])[2] <= 8 + PLAIN_BYTES + 2 + 3.05 * k
 
 
 @pytest.mark.parametrize(("kind", "levels"), [(Int8(), 127), (Int4(), 7)])
@@ -307,7 +319,7 @@ def test_randk_has_the_same_places_for_all_clients_and_others_in_the_next_round(
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_a_client_rounds_the_same_way_again_and_others_differently(name: str) -> None:
     def data(client: str, turn: Turn) -> bytes:
-        return encode_update(update_of(1), SPECS, CODECS[name], Residual(), turn=turn, client=client).data
+        return encoded(update_of(1), CODECS[name], turn=turn, client=client).data
 
     assert data("a", TURN) == data("a", TURN)
     assert len({data("a", TURN), data("b", TURN), data("a", Turn(7, 4)), data("a", Turn(8, 3))}) == 4
@@ -349,8 +361,8 @@ def test_what_is_owed_is_forgotten_with_another_codec_or_model(change: str) -> N
     else:
         specs = (*SPECS[:-1], replace(SPECS[-1], name="more", shape=(30, 30), role=TensorRole.SHARED))
         update = {n: a for n, a in update.items() if n != "control"} | {"more": np.ones((30, 30), np.float32)}
-    fresh = encode_update(update, specs, codec, Residual(), turn=TURN, client="a")
-    assert encode_update(update, specs, codec, residual, turn=TURN, client="a").data == fresh.data
+    fresh = encoded(update, codec, Residual(), specs=specs)
+    assert encoded(update, codec, residual, specs=specs).data == fresh.data
 
 
 def test_an_update_that_is_not_finite_with_what_is_owed_is_refused() -> None:
@@ -364,17 +376,17 @@ def test_an_update_that_is_not_finite_with_what_is_owed_is_refused() -> None:
 
 @pytest.mark.parametrize("name", CODECS)
 def test_bytes_that_are_cut_off_or_go_on_are_refused(name: str) -> None:
-    data = encode_update(update_of(1), SPECS, CODECS[name], Residual(), turn=TURN, client="a").data
+    data = encoded(update_of(1), CODECS[name]).data
     for wrong in (data[:-1], data + b"\0", data[:4], b"", b"wfu2" + data[4:], data[:40] + data[60:]):
         with pytest.raises(IntegrityError):
-            decode_update(wrong, SPECS, CODECS[name], turn=TURN)
+            decoded(wrong, CODECS[name])
 
 
 def test_bytes_are_refused_for_their_size_before_they_are_read() -> None:
     for codec in CODECS.values():
-        most = most_update_bytes(SPECS, codec, turn=TURN)
+        most = most_bytes(codec)
         with pytest.raises(IntegrityError, match="at most"):
-            decode_update(b"wfu1" + bytes(most), SPECS, codec, turn=TURN)
+            decoded(b"wfu1\3\0\0\0" + bytes(most), codec)
 
 
 DAMAGE = {
@@ -395,33 +407,31 @@ DAMAGE = {
 def test_damaged_bytes_are_refused_for_what_they_are(case: str) -> None:
     name, damage, at, error = DAMAGE[case]
     update = update_of(1)
-    data = bytearray(encode_update(update, SPECS, CODECS[name], Residual(), turn=TURN, client="a").data)
-    begin = 4 + PLAIN_BYTES + at if at >= 0 else len(data) + at
+    data = bytearray(encoded(update, CODECS[name]).data)
+    begin = 8 + PLAIN_BYTES + at if at >= 0 else len(data) + at
     data[begin : begin + len(damage)] = damage
     with pytest.raises(error):
-        decode_update(bytes(data), SPECS, CODECS[name], turn=TURN)
+        decoded(bytes(data), CODECS[name])
 
 
 def test_a_truth_value_is_0_or_1() -> None:
-    data = bytearray(
-        encode_update(update_of(1), SPECS, CODECS["sign"], Residual(), turn=TURN, client="a").data
-    )
-    data[4 + PLAIN_BYTES - 1] = 2  # "used" is the last of the plain ones by name
+    data = bytearray(encoded(update_of(1), CODECS["sign"]).data)
+    data[8 + PLAIN_BYTES - 1] = 2  # "used" is the last of the plain ones by name
     with pytest.raises(IntegrityError, match="used"):
-        decode_update(bytes(data), SPECS, CODECS["sign"], turn=TURN)
+        decoded(bytes(data), CODECS["sign"])
 
 
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("name", CODECS)
 @given(st.data())
 def test_any_bytes_are_refused_or_an_update_of_the_right_shapes(name: str, data: st.DataObject) -> None:
-    good = encode_update(update_of(1), SPECS, CODECS[name], Residual(), turn=TURN, client="a").data
+    good = encoded(update_of(1), CODECS[name]).data
     changed = bytearray(good)
     for _ in range(data.draw(st.integers(1, 6))):
         changed[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(good)) | st.just(len(good)))
     try:
-        found = decode_update(bytes(changed[:cut]), SPECS, CODECS[name], turn=TURN)
+        found = decoded(bytes(changed[:cut]), CODECS[name])
     except (IntegrityError, ShapeError):
         return
     for spec in SPECS:
@@ -433,7 +443,7 @@ def test_any_bytes_are_refused_or_an_update_of_the_right_shapes(name: str, data:
 @given(st.binary(max_size=64), st.sampled_from(sorted(CODECS)))
 def test_junk_is_refused(junk: bytes, name: str) -> None:
     with pytest.raises(IntegrityError):
-        decode_update(junk, SPECS, CODECS[name], turn=TURN)
+        decoded(junk, CODECS[name])
 
 
 @settings(deadline=None)
@@ -444,20 +454,18 @@ def test_gaps_of_every_length_survive(places: list[int]) -> None:
     row[places] = 1.0
     spec = TensorSpec("row", "float32", (total,), TensorRole.SHARED, _PARAM)
     codec = UpdateCodec("topk", fraction=len(places) / total)
-    made = encode_update({"row": row}, [spec], codec, Residual(), turn=TURN, client="a")
-    np.testing.assert_array_equal(decode_update(made.data, [spec], codec, turn=TURN)["row"], row)
-    assert len(made.data) <= most_update_bytes([spec], codec, turn=TURN)
+    made = encoded({"row": row}, codec, specs=(spec,))
+    np.testing.assert_array_equal(decoded(made.data, codec, (spec,))["row"], row)
+    assert len(made.data) <= most_bytes(codec, (spec,))
 
 
 def test_an_update_of_small_tensors_alone_has_nothing_to_code() -> None:
     spec = TensorSpec("bias", "float32", (4,), TensorRole.SHARED, _PARAM)
     update = {"bias": np.arange(4, dtype=np.float32)}
     for codec in CODECS.values():
-        made = encode_update(update, [spec], codec, Residual(), turn=TURN, client="a")
-        assert (len(made.data), made.residual.purpose) == (20, "")
-        np.testing.assert_array_equal(
-            decode_update(made.data, [spec], codec, turn=TURN)["bias"], update["bias"]
-        )
+        made = encoded(update, codec, specs=(spec,))
+        assert (len(made.data), made.residual.purpose) == (24, "")
+        np.testing.assert_array_equal(decoded(made.data, codec, (spec,))["bias"], update["bias"])
 
 
 @pytest.mark.parametrize("codec", [FLOAT32, *CODECS.values(), UpdateCodec("topk", 0.01, warmup_rounds=5)])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation
     from wearfleet_cloud.federated.simulated_clients import SimulatedClient
     from wearfleet_cloud.federated.stacked_clients import Runner
-    from wearfleet_cloud.federated.wire_clients import DeviceRound
+    from wearfleet_cloud.federated.wire_clients import DeviceRound, Stored
 
 __all__ = ["device_engine", "register"]
 
@@ -240,26 +240,32 @@ def device_engine(
     plan: Plan,
     graphs: Mapping[Digest, bytes],
     tensors: bytes,
-    kept: bytes,
+    stored: Stored,
     client: SimulatedClient,
     *,
     round_number: int,
 ) -> DeviceRound:
     """The agent's own engine: implements ``wire_clients.Engine``."""
     from wearfleet_edge.trainer import Limits, TrainingData, run_plan, start_state, upload_tensors
+    from wearfleet_protos.codecs import Residual
     from wearfleet_protos.tensors import decode_tensors, encode_tensors
 
-    from wearfleet_cloud.federated.wire_clients import DeviceRound
+    from wearfleet_cloud.federated.wire_clients import DeviceRound, Stored
 
+    kept = stored.tensors
     local: dict[str, Any] = decode_tensors(kept, plan.local_specs()) if kept else {}
     before = start_state(plan, decode_tensors(tensors, plan.download_specs()), local)
     limits = Limits(plan.budget.seconds, float("inf"), lambda: 0, time.monotonic, lambda: False)
     data = TrainingData(client.train, client.holdout)
     result = run_plan(plan, graphs, before, data, round_number=round_number, limits=limits)
     stays = {spec.name: result.state[spec.name] for spec in plan.local_specs()}
+    update = upload_tensors(plan, before, result.state)
+    encoded = plan.update_format().encode(
+        update, Residual.from_bytes(stored.residual), round_number=round_number, client=client.name
+    )
     return DeviceRound(
-        encode_tensors(upload_tensors(plan, before, result.state)),
-        encode_tensors(stays) if stays else b"",
+        encoded.data,
+        Stored(encode_tensors(stays) if stays else b"", encoded.residual.to_bytes()),
         result.metrics,
         result.num_examples,
         result.num_steps,

@@ -9,6 +9,7 @@ from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, moved
 from wearfleet_cloud.federated.cohort import Buffering
+from wearfleet_cloud.federated.compression import Compression
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.training_options import LocalTraining
 
@@ -72,8 +73,8 @@ class StrategyInfo:
     uploaded_groups: tuple[TensorGroup, ...] = (TensorGroup.PARAM, TensorGroup.BUFFER)
 
     def upload(self) -> UploadSpec:
-        """The upload as the plan states it: differences."""
-        return UploadSpec(self.uploaded, self.uploaded_groups, "delta", "float32")
+        """The upload as the plan states it, but for its codec: differences."""
+        return UploadSpec(self.uploaded, self.uploaded_groups, "delta")
 
 
 class Strategy(Protocol):
@@ -92,6 +93,10 @@ class Strategy(Protocol):
     @property
     def buffering(self) -> Buffering | None:
         """How asynchronous updates are collected; None: in synchronous rounds."""
+
+    @property
+    def compression(self) -> Compression:
+        """How updates are coded."""
 
     @property
     def privacy(self) -> PrivacyOptions:
@@ -168,12 +173,14 @@ class AveragingStrategy:
         local: training of a client.
         averaging: how updates are combined.
         privacy: what is clipped and noised.
+        compression: how updates are coded.
     """
 
     info: ClassVar[StrategyInfo]
     local: LocalTraining = field(default_factory=LocalTraining)
     averaging: Averaging = field(default_factory=Averaging)
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
+    compression: Compression = field(default_factory=Compression)
 
     @property
     def buffering(self) -> Buffering | None:

@@ -1,5 +1,7 @@
 """From a strategy and a model to a plan: its document and the graphs that it names."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from wearfleet_models.classifier import Classifier
@@ -67,7 +69,7 @@ def build_plan(
         contract=contract,
         tensors=program.tensors,
         phases=tuple(_phase(program, phase, compiled[id(phase.step)]) for phase in program.phases),
-        upload=strategy.info.upload(),
+        upload=replace(strategy.info.upload(), codec=strategy.compression.update_codec),
         keep_local=strategy.info.kept_local,
         budget=budget,
         seed=seed,

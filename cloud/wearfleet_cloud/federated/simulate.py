@@ -26,7 +26,7 @@ from wearfleet_cloud.federated.latency import Latency
 from wearfleet_cloud.federated.privacy.central import check_private, fold
 from wearfleet_cloud.federated.round_record import RoundPolicy
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
-from wearfleet_cloud.federated.stacked_clients import ClientRound, Runner, downloaded_specs
+from wearfleet_cloud.federated.stacked_clients import ClientRound, Kept, Runner, downloaded_specs
 from wearfleet_cloud.federated.virtual_time import Counted, VirtualRound, VirtualRun
 
 __all__ = ["Mode", "Outcome", "Population", "RoundFigures", "Simulation", "simulate"]
@@ -189,7 +189,7 @@ class _Federation:
     simulation: Simulation
     tensors: Arrays
     state: Arrays = field(default_factory=dict)
-    kept: dict[str, Arrays] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
     _version: int = 0
     _bases: dict[int, tuple[int, Arrays, Arrays]] = field(default_factory=dict)
 
@@ -209,7 +209,7 @@ class _Federation:
         results = [made[counted.client] for counted in sorted(played.counted, key=lambda c: c.client)]
         self._fold(played, made)
         self._version += 1
-        self.kept |= {r.client: r.kept for r in results if r.kept}
+        self.kept |= {r.client: r.kept for r in results}
         return results
 
     def _train(self, task: int, played: VirtualRound) -> list[ClientRound]:
@@ -270,7 +270,7 @@ def _figures(
         clients=len(results),
         received=float(np.mean(shares)) if shares else None,
         bytes_down=sum(spec.size_bytes for spec in downloaded_specs(specs)) * played.tasks,
-        bytes_up=sum(array.nbytes for result in results for array in result.update.values()),
+        bytes_up=sum(result.sent_bytes for result in results),
         lost=played.lost,
         staleness=sum(c.staleness for c in played.counted) / max(1, len(played.counted)),
         virtual_s=played.ended_s,

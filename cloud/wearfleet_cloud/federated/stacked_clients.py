@@ -4,7 +4,7 @@ They are the steps that the plan is compiled from, on the same windows in the sa
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 from wearfleet_models.classifier import Classifier
+from wearfleet_protos.codecs import FLOAT32, Residual, UpdateFormat
 from wearfleet_protos.plan import batches, part_of, rng_key
 from wearfleet_protos.tensors import TensorSpec
 from wearfleet_protos.windowing import LabelledWindows
@@ -23,9 +24,17 @@ from wearfleet_cloud.federated.client_program import ClientPhase
 from wearfleet_cloud.federated.plan_layers import with_plan_layers
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 
-__all__ = ["ClientRound", "Runner", "StackedClients", "downloaded_specs"]
+__all__ = ["ClientRound", "Kept", "Runner", "StackedClients", "downloaded_specs"]
 
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What a client has from its last round that counted: its own tensors, and what its updates still owe."""
+
+    tensors: Arrays = field(default_factory=dict)
+    residual: Residual = field(default_factory=Residual)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +43,8 @@ class ClientRound:
 
     Args:
         client: its name.
-        update: uploaded tensors.
+        update: uploaded tensors, as the service decodes them.
+        sent_bytes: payload of the update.
         kept: what stays on the device, once the update counts.
         metrics: ``phase/metric`` to value.
         num_examples: training windows.
@@ -43,7 +53,8 @@ class ClientRound:
 
     client: str
     update: Arrays
-    kept: Arrays
+    sent_bytes: int
+    kept: Kept
     metrics: Mapping[str, float]
     num_examples: int
     num_steps: int
@@ -59,7 +70,7 @@ class Runner(Protocol):
         round_number: int,
         clients: Sequence[SimulatedClient],
         received: Sequence[Arrays],
-        kept: Mapping[str, Arrays],
+        kept: Mapping[str, Kept],
     ) -> list[ClientRound]:
         """One round, from what each client received and what it kept of its last one, by its name."""
 
@@ -86,7 +97,9 @@ class StackedClients:
         self._program = strategy.client(with_plan_layers(model).to(device))
         self.specs = self._program.tensors
         upload = strategy.info.upload()
-        self._sent = [s.name for s in self.specs if s.role in upload.roles and s.group in upload.groups]
+        sent = [s for s in self.specs if s.role in upload.roles and s.group in upload.groups]
+        self._format = UpdateFormat(tuple(sent), strategy.compression.update_codec, seed)
+        self._sent = [s.name for s in sent]
         self._kept = [s.name for s in self.specs if s.origin == "local"]
         self._seed, self._at_once, self._device = seed, at_once, device
 
@@ -95,7 +108,7 @@ class StackedClients:
         round_number: int,
         clients: Sequence[SimulatedClient],
         received: Sequence[Arrays],
-        kept: Mapping[str, Arrays],
+        kept: Mapping[str, Kept],
     ) -> list[ClientRound]:
         """As ``Runner.run``."""
         results = []
@@ -109,9 +122,10 @@ class StackedClients:
         round_number: int,
         clients: Sequence[SimulatedClient],
         received: Sequence[Arrays],
-        kept: Mapping[str, Arrays],
+        kept: Mapping[str, Kept],
     ) -> list[ClientRound]:
-        state = self._start(received, [kept.get(client.name, {}) for client in clients])
+        before = [kept.get(client.name, Kept()) for client in clients]
+        state = self._start(received, [had.tensors for had in before])
         start = {name: state[name].clone() for name in self._sent}
         sums: list[dict[str, float]] = [{} for _ in clients]
         steps = np.zeros(len(clients), np.int64)
@@ -123,17 +137,23 @@ class StackedClients:
                 sums[client] |= {f"{phase.name}/{name}": value for name, value in values.items()}
         update = {name: (state[name] - start[name]).cpu().numpy() for name in self._sent}
         own = {name: state[name].cpu().numpy() for name in self._kept}
-        return [
-            ClientRound(
-                client.name,
-                {name: array[row] for name, array in update.items()},
-                {name: array[row] for name, array in own.items()},
-                sums[row],
-                len(client.train),
-                int(steps[row]),
-            )
-            for row, client in enumerate(clients)
-        ]
+        results = []
+        for row, one in enumerate(clients):
+            trained = {name: array[row] for name, array in update.items()}
+            stays = {name: array[row] for name, array in own.items()}
+            sent, size, residual = self._send(one.name, trained, before[row].residual, round_number)
+            numbers = sums[row], len(one.train), int(steps[row])
+            results.append(ClientRound(one.name, sent, size, Kept(stays, residual), *numbers))
+        return results
+
+    def _send(
+        self, client: str, update: Arrays, residual: Residual, round_number: int
+    ) -> tuple[Arrays, int, Residual]:
+        """An update as it arrives, its bytes, and what it leaves behind; without loss it is not coded at all."""
+        if self._format.codec == FLOAT32:
+            return update, self._format.most_bytes(round_number), residual
+        encoded = self._format.encode(update, residual, round_number=round_number, client=client)
+        return self._format.decode(encoded.data), len(encoded.data), encoded.residual
 
     def _start(self, received: Sequence[Arrays], kept: Sequence[Arrays]) -> Tensors:
         """First values, (clients, ...) each."""

@@ -5,24 +5,33 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from wearfleet_models.classifier import Classifier
+from wearfleet_protos.codecs import FLOAT32, Residual
 from wearfleet_protos.plan import InputContract, Plan
 from wearfleet_protos.tensors import Digest, decode_tensors, encode_tensors
 
-from wearfleet_cloud.federated.aggregate import Arrays, check_update
+from wearfleet_cloud.federated.aggregate import Arrays
 from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
-from wearfleet_cloud.federated.stacked_clients import ClientRound
+from wearfleet_cloud.federated.stacked_clients import ClientRound, Kept
 
-__all__ = ["DeviceRound", "Engine", "WireClients"]
+__all__ = ["DeviceRound", "Engine", "Stored", "WireClients"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a device has on its disk: its own tensors and what its updates owe; empty before a round counted."""
+
+    tensors: bytes = b""
+    residual: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRound:
-    """Bytes of the update and of what stays, as a device stores them; and what it reports."""
+    """Bytes of the update, what the device stores once it counts, and what it reports."""
 
     update: bytes
-    kept: bytes
+    stored: Stored
     metrics: Mapping[str, float]
     num_examples: int
     num_steps: int
@@ -36,12 +45,12 @@ class Engine(Protocol):
         plan: Plan,
         graphs: Mapping[Digest, bytes],
         tensors: bytes,
-        kept: bytes,
+        stored: Stored,
         client: SimulatedClient,
         *,
         round_number: int,
     ) -> DeviceRound:
-        """One round of one device; ``kept`` is empty before the first one that counted."""
+        """One round of one device."""
 
 
 class WireClients:
@@ -60,7 +69,7 @@ class WireClients:
     ) -> None:
         plan, self._graphs = build_plan(strategy, model, contract, plan_id="simulation", seed=seed)
         self._plan = Plan.from_bytes(plan.to_bytes())
-        self.specs = self._plan.tensors
+        self.specs, self._format = self._plan.tensors, self._plan.update_format()
         self._engine = engine
 
     def run(
@@ -68,19 +77,22 @@ class WireClients:
         round_number: int,
         clients: Sequence[SimulatedClient],
         received: Sequence[Arrays],
-        kept: Mapping[str, Arrays],
+        kept: Mapping[str, Kept],
     ) -> list[ClientRound]:
         """As ``Runner.run``, one client after the other."""
         return [
-            self._one(round_number, client, tensors, kept.get(client.name, {}))
+            self._one(round_number, client, tensors, kept.get(client.name, Kept()))
             for client, tensors in zip(clients, received, strict=True)
         ]
 
-    def _one(self, round_number: int, client: SimulatedClient, tensors: Arrays, kept: Arrays) -> ClientRound:
+    def _one(self, round_number: int, client: SimulatedClient, tensors: Arrays, kept: Kept) -> ClientRound:
         down = encode_tensors({spec.name: tensors[spec.name] for spec in self._plan.download_specs()})
-        stored = encode_tensors(kept) if kept else b""
+        stored = Stored(encode_tensors(kept.tensors) if kept.tensors else b"", kept.residual.to_bytes())
         made = self._engine(self._plan, self._graphs, down, stored, client, round_number=round_number)
-        update = decode_tensors(made.update)
-        check_update(update, self._plan.upload_specs(), client=client.name)
-        own = decode_tensors(made.kept, self._plan.local_specs()) if made.kept else {}
-        return ClientRound(client.name, update, own, made.metrics, made.num_examples, made.num_steps)
+        update = self._format.decode(made.update)
+        lossless = self._format.codec == FLOAT32
+        size = self._format.most_bytes(round_number) if lossless else len(made.update)
+        stays = made.stored
+        own = decode_tensors(stays.tensors, self._plan.local_specs()) if stays.tensors else {}
+        keeps = Kept(own, Residual.from_bytes(stays.residual))
+        return ClientRound(client.name, update, size, keeps, made.metrics, made.num_examples, made.num_steps)

@@ -125,10 +125,10 @@ class Federation:
             return f"it started from {base_digest[:80]!r}, the round from {base}"
         if keeper.kind == "personalise":
             return "" if not submission.update_digest else "a personalisation keeps its tensors on the device"
-        updates, specs = self._parts.updates, self._coordinator.run.upload_specs
+        updates, update_format = self._parts.updates, self._coordinator.run.update_format
         device_id, digest = submission.device_id, Digest(submission.update_digest)
         try:
-            size = await updates.check(device_id, digest, specs)
+            size = await updates.check(device_id, digest, update_format)
         except (ShapeError, IntegrityError) as error:
             _LOGGER.warning("update of %s refused: %s", device_id, error)
             return str(error)[:400]

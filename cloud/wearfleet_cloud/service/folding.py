@@ -82,5 +82,5 @@ class Folding:
         return self._newest[1]
 
     def _contribution(self, run: ActiveRun, receipt: Receipt, digest: Digest) -> Contribution:
-        load = lambda: self._updates.load(receipt.client, digest, run.upload_specs)  # noqa: E731 - one expression
+        load = lambda: self._updates.load(receipt.client, digest, run.update_format)  # noqa: E731 - one expression
         return Contribution(receipt.client, receipt.num_examples, load, receipt.num_steps)

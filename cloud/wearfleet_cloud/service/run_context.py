@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
+from wearfleet_protos.codecs import UpdateFormat
 from wearfleet_protos.errors import ProtocolError
 from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
-from wearfleet_protos.tensors import Digest, TensorSpec
+from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.base import Strategy
@@ -76,7 +77,7 @@ class ActiveRun:
     plan: Plan
     plan_bytes: int
     strategy: Strategy
-    upload_specs: tuple[TensorSpec, ...]
+    update_format: UpdateFormat
 
     @property
     def run_id(self) -> str:
@@ -117,4 +118,4 @@ def load_run(row: RunRow, blobs: Blobs, keys: SigningKeys) -> ActiveRun:
     plan = Plan.from_bytes(keys.verify(document, PLAN_MEDIA_TYPE))
     settings = RunSettings.from_dict(row.settings)
     strategy = create_strategy(row.strategy, settings.options)
-    return ActiveRun(row, settings, plan, len(document), strategy, plan.upload_specs())
+    return ActiveRun(row, settings, plan, len(document), strategy, plan.update_format())

@@ -3,7 +3,6 @@
 import asyncio
 import shutil
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from wearfleet_protos.codecs import UpdateFormat
 from wearfleet_protos.errors import ConflictError, DeniedError, IntegrityError, NotFoundError
-from wearfleet_protos.tensors import Digest, TensorSpec, check_finite, decode_tensors, digest_of
+from wearfleet_protos.tensors import Digest, digest_of
 
 from wearfleet_cloud.storage.blobs import Upload
 
@@ -157,26 +157,28 @@ class UpdateStore:
             self._arrived[device_id, digest] = data
             self._cached_bytes += len(data)
 
-    async def check(self, device_id: str, digest: Digest, specs: Sequence[TensorSpec]) -> int:
+    async def check(self, device_id: str, digest: Digest, update_format: UpdateFormat) -> int:
         """Check an update before it counts; its bytes.
 
         Raises:
             NotFoundError: it was not uploaded.
-            IntegrityError: not safetensors.
+            IntegrityError: not an update in this format.
             ShapeError: tensors are missing, unexpected, of another shape or type, or not finite.
         """
         size = self.size(device_id, digest)
-        if size <= SMALL_BYTES:
-            tensors = self._decode(device_id, digest, specs)
+        unfolded = max(size, update_format.unfolded_bytes)
+        if unfolded <= SMALL_BYTES:
+            tensors = self._decode(device_id, digest, update_format)
         else:
-            tensors = await asyncio.to_thread(self._decode, device_id, digest, specs)
-        counted = self._arrived.pop((device_id, digest), None) is not None
-        if counted or self._cached_bytes + size <= _CACHE_BYTES:
+            tensors = await asyncio.to_thread(self._decode, device_id, digest, update_format)
+        arrived = self._arrived.pop((device_id, digest), None)
+        self._cached_bytes -= 0 if arrived is None else len(arrived)
+        if self._cached_bytes + unfolded <= _CACHE_BYTES:
             self._cache[device_id, digest] = tensors
-            self._cached_bytes += 0 if counted else size
+            self._cached_bytes += unfolded
         return size
 
-    def load(self, device_id: str, digest: Digest, specs: Sequence[TensorSpec]) -> Tensors:
+    def load(self, device_id: str, digest: Digest, update_format: UpdateFormat) -> Tensors:
         """The tensors of an update; from memory when there was room for them.
 
         Raises:
@@ -192,14 +194,12 @@ class UpdateStore:
         data = self._file(device_id, digest).read_bytes()
         if digest_of(data) != digest:
             raise IntegrityError(f"update {digest} of {device_id} was changed on disk")
-        return decode_tensors(data, specs)
+        return update_format.decode(data)
 
-    def _decode(self, device_id: str, digest: Digest, specs: Sequence[TensorSpec]) -> Tensors:
+    def _decode(self, device_id: str, digest: Digest, update_format: UpdateFormat) -> Tensors:
         """Decode and check bytes whose digest was checked as they came."""
         data = self._arrived.get((device_id, digest)) or self._file(device_id, digest).read_bytes()
-        tensors = decode_tensors(data, specs)
-        check_finite(tensors)
-        return tensors
+        return update_format.decode(data)
 
     def _forget_name(self, device_id: str, digest: Digest) -> bool:
         names = self._unfinished.get(device_id, [])

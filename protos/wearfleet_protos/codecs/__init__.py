@@ -7,14 +7,7 @@ What a codec loses is either right in the mean (int8) or kept on the device and 
 from wearfleet_protos.codecs.declaration import FLOAT32, PARAMETERS, UpdateCodec
 from wearfleet_protos.codecs.family import Turn
 from wearfleet_protos.codecs.residual import Residual
-from wearfleet_protos.codecs.update import (
-    FEEDBACK,
-    Encoded,
-    decode_update,
-    encode_update,
-    is_coded,
-    most_update_bytes,
-)
+from wearfleet_protos.codecs.update import FEEDBACK, Encoded, UpdateFormat, is_coded
 
 __all__ = [
     "FEEDBACK",
@@ -24,8 +17,6 @@ __all__ = [
     "Residual",
     "Turn",
     "UpdateCodec",
-    "decode_update",
-    "encode_update",
+    "UpdateFormat",
     "is_coded",
-    "most_update_bytes",
 ]

@@ -50,7 +50,8 @@ class UpdateCodec:
     def __post_init__(self) -> None:
         if self.name not in PARAMETERS:
             raise ProtocolError(
-                f"unknown codec of updates {self.name!r}; this version knows {', '.join(PARAMETERS)}"
+                f"unknown codec of updates {self.name!r}; this version knows {', '.join(PARAMETERS)}: update it, "
+                "or choose one of them"
             )
         own = PARAMETERS[self.name]
         for field in ("fraction", "rank", "warmup_rounds"):

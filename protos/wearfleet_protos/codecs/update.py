@@ -1,7 +1,7 @@
 """An update as bytes and back: the same code on the device and in the service.
 
-The bytes are ``wfu1``, then the tensors that are not coded as they are, then the coded ones, both in the order of
-their names. Shapes are those of the plan and not in the bytes, so what they unfold to is known before they are read.
+The bytes are ``wfu1``, the round (uint32), the tensors that are not coded as they are, then the coded ones, both in the
+order of their names. Shapes are those of the plan and not in the bytes, so what they unfold to is known beforehand.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from wearfleet_protos.codecs.family import Arrays, EachNumber, Family, Shapes
 
-__all__ = ["FEEDBACK", "Encoded", "decode_update", "encode_update", "is_coded", "most_update_bytes"]
+__all__ = ["FEEDBACK", "Encoded", "UpdateFormat", "is_coded"]
 
 Tensors = Mapping[str, "NDArray[np.generic]"]
 
@@ -44,6 +44,7 @@ FEEDBACK: Final = frozenset({"int4", "topk", "randk", "sign", "powersgd"})
 """Codecs whose loss is kept and added to the next update."""
 
 _MAGIC: Final = b"wfu1"
+_HEAD_BYTES: Final = len(_MAGIC) + 4
 _FEWEST_BYTES: Final = 1024
 _EXEMPT: Final = (TensorRole.NORM_STAT, TensorRole.COUNTER, TensorRole.AUX)
 _EACH: Final[Mapping[str, EachNumber]] = {
@@ -68,82 +69,99 @@ def is_coded(spec: TensorSpec) -> bool:
     return spec.dtype == "float32" and spec.role not in _EXEMPT and spec.size_bytes >= _FEWEST_BYTES
 
 
-def encode_update(
-    update: Tensors,
-    specs: Sequence[TensorSpec],
-    codec: UpdateCodec,
-    residual: Residual,
-    *,
-    turn: Turn,
-    client: str,
-) -> Encoded:
-    """Bytes of an update.
+@dataclass(frozen=True, slots=True)
+class UpdateFormat:
+    """The bytes of the updates of a run.
 
     Args:
-        update: tensors of ``specs``, finite.
         specs: ``Plan.upload_specs()``.
         codec: ``Plan.upload.codec``.
-        residual: what the last update that counted left behind.
-        turn: seed of the plan and round.
-        client: what no other client of the round has, for example the attempt's id.
-
-    Raises:
-        ShapeError: the update does not fit ``specs``, or with what is owed it is not finite.
+        seed: of the plan.
     """
-    if codec == FLOAT32:
-        return Encoded(encode_tensors(update), Residual())
-    plain, shapes = _divided(specs)
-    check_tensors(update, specs)
-    purpose = purpose_of(codec, shapes)
-    owed, memory = residual.at(turn.round_number, purpose)
-    wanted = {name: _sum(update[name], owed.get(name)) for name in shapes}
-    check_finite(wanted)
-    family = _family(codec, turn)
-    coded, memory = family.encode(wanted, memory, turn.draws(client)) if shapes else (b"", {})
-    data = b"".join((_MAGIC, *(_raw(update[spec.name], spec) for spec in plain), coded))
-    if codec.name not in FEEDBACK or not shapes:
-        return Encoded(data, Residual())
-    sent = family.decode(Reader(coded), shapes)
-    lost = {name: wanted[name] - sent[name] for name in shapes}
-    return Encoded(data, Residual(lost, memory, purpose, turn.round_number))
 
+    specs: tuple[TensorSpec, ...]
+    codec: UpdateCodec
+    seed: int
 
-def decode_update(
-    data: bytes | bytearray | memoryview, specs: Sequence[TensorSpec], codec: UpdateCodec, *, turn: Turn
-) -> dict[str, NDArray[np.generic]]:
-    """The tensors of an update; see :func:`encode_update` for the arguments.
+    def encode(self, update: Tensors, residual: Residual, *, round_number: int, client: str) -> Encoded:
+        """Bytes of an update.
 
-    Raises:
-        IntegrityError: the bytes are not an update of these tensors in this codec.
-        ShapeError: a tensor is missing, unexpected, of another shape or type, or not finite.
-    """
-    if codec == FLOAT32:
-        tensors = decode_tensors(data, specs)
+        Args:
+            update: tensors of ``specs``, finite.
+            residual: what the last update that counted left behind.
+            round_number: of the task, from 1.
+            client: what no other client of the round has, for example the attempt's id.
+
+        Raises:
+            ShapeError: the update does not fit ``specs``, or with what is owed it is not finite.
+        """
+        check_tensors(update, self.specs)
+        if self.codec == FLOAT32:
+            return Encoded(encode_tensors(update), Residual())
+        plain, shapes = _divided(self.specs)
+        purpose = purpose_of(self.codec, shapes)
+        owed, memory = residual.at(round_number, purpose)
+        wanted = {name: _sum(update[name], owed.get(name)) for name in shapes}
+        check_finite(wanted)
+        turn = Turn(self.seed, round_number)
+        family = self._family(turn)
+        coded, memory = family.encode(wanted, memory, turn.draws(client)) if shapes else (b"", {})
+        head = _MAGIC + round_number.to_bytes(4, "little")
+        data = b"".join((head, *(_raw(update[spec.name], spec) for spec in plain), coded))
+        if self.codec.name not in FEEDBACK or not shapes:
+            return Encoded(data, Residual())
+        sent = family.decode(Reader(coded), shapes)
+        lost = {name: wanted[name] - sent[name] for name in shapes}
+        return Encoded(data, Residual(lost, memory, purpose, round_number))
+
+    def decode(self, data: bytes | bytearray | memoryview) -> dict[str, NDArray[np.generic]]:
+        """The tensors of an update.
+
+        Raises:
+            IntegrityError: the bytes are not an update of these tensors in this codec.
+            ShapeError: a tensor is missing, unexpected, of another shape or type, or not finite.
+        """
+        if self.codec == FLOAT32:
+            tensors = decode_tensors(data, self.specs)
+            check_finite(tensors)
+            return tensors
+        reader = Reader(data)
+        if reader.take("uint8", len(_MAGIC)).tobytes() != _MAGIC:
+            raise IntegrityError(
+                f"not an update in codec {self.codec.name}: it begins with {bytes(data[:4])!r}"
+            )
+        round_number = int(reader.take("uint32", 1)[0])
+        if len(data) > (most := self.most_bytes(round_number)):
+            raise IntegrityError(f"encoded update has {len(data)} bytes, at most {most} are accepted")
+        plain, shapes = _divided(self.specs)
+        tensors = {spec.name: _plain(reader, spec) for spec in plain}
+        if shapes:
+            tensors |= self._family(Turn(self.seed, round_number)).decode(reader, shapes)
+        reader.end()
         check_finite(tensors)
         return tensors
-    most = most_update_bytes(specs, codec, turn=turn)
-    if len(data) > most or bytes(data[: len(_MAGIC)]) != _MAGIC:
-        raise IntegrityError(
-            f"not an update in codec {codec.name}: {len(data)} bytes that begin with {bytes(data[:4])!r}; "
-            f"expected at most {most} that begin with {_MAGIC!r}"
-        )
-    plain, shapes = _divided(specs)
-    reader = Reader(memoryview(data)[len(_MAGIC) :])
-    tensors = {spec.name: _plain(reader, spec) for spec in plain}
-    if shapes:
-        tensors |= _family(codec, turn).decode(reader, shapes)
-    reader.end()
-    check_finite(tensors)
-    return tensors
 
+    def most_bytes(self, round_number: int) -> int:
+        """Largest update of a round, in bytes; for float32 without the header of the file."""
+        if self.codec == FLOAT32:
+            return self.unfolded_bytes
+        plain, shapes = _divided(self.specs)
+        coded = self._family(Turn(self.seed, round_number)).most_bytes(shapes) if shapes else 0
+        return _HEAD_BYTES + sum(spec.size_bytes for spec in plain) + coded
 
-def most_update_bytes(specs: Sequence[TensorSpec], codec: UpdateCodec, *, turn: Turn) -> int:
-    """Largest update in this codec, in bytes; for float32 without the header of the file."""
-    if codec == FLOAT32:
-        return sum(spec.size_bytes for spec in specs)
-    plain, shapes = _divided(specs)
-    coded = _family(codec, turn).most_bytes(shapes) if shapes else 0
-    return len(_MAGIC) + sum(spec.size_bytes for spec in plain) + coded
+    @property
+    def unfolded_bytes(self) -> int:
+        """Memory that the tensors of an update take."""
+        return sum(spec.size_bytes for spec in self.specs)
+
+    def _family(self, turn: Turn) -> Family:
+        if self.codec.name == "topk":
+            return TopK(self.codec, turn)
+        if self.codec.name == "randk":
+            return RandK(self.codec, turn)
+        if self.codec.name == "powersgd":
+            return PowerSgd(self.codec.rank)
+        return _Rows(_EACH[self.codec.name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,16 +183,6 @@ class _Rows:
 
     def decode(self, reader: Reader, shapes: Shapes) -> dict[str, NDArray[np.float32]]:
         return {n: self.each.decode(reader, math.prod(s)).reshape(s) for n, s in shapes.items()}
-
-
-def _family(codec: UpdateCodec, turn: Turn) -> Family:
-    if codec.name == "topk":
-        return TopK(codec, turn)
-    if codec.name == "randk":
-        return RandK(codec, turn)
-    if codec.name == "powersgd":
-        return PowerSgd(codec.rank)
-    return _Rows(_EACH[codec.name])
 
 
 def _divided(specs: Sequence[TensorSpec]) -> tuple[list[TensorSpec], dict[str, tuple[int, ...]]]:

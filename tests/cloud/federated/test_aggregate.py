@@ -28,8 +28,8 @@ SPECS = (
     TensorSpec("v", "float32", (2,), TensorRole.NORM_STAT, TensorGroup.BUFFER),
     TensorSpec("n", "int64", (), TensorRole.COUNTER, TensorGroup.BUFFER),
 )
-VALUE = UploadSpec(ROLES, GROUPS, "value", "float32")
-DELTA = UploadSpec(ROLES, GROUPS, "delta", "float32")
+VALUE = UploadSpec(ROLES, GROUPS, "value")
+DELTA = UploadSpec(ROLES, GROUPS, "delta")
 PLAIN = Averaging()
 
 

@@ -11,6 +11,7 @@ from wearfleet_cloud.service.chunk_cache import ChunkCache
 from wearfleet_cloud.service.updates import UpdateStore
 from wearfleet_cloud.storage.blobs import Blobs
 from wearfleet_protos.chunks import CHUNK_BYTES, crc32c
+from wearfleet_protos.codecs import FLOAT32, UpdateFormat
 from wearfleet_protos.errors import (
     ConflictError,
     DeniedError,
@@ -24,6 +25,7 @@ from wearfleet_protos.v1 import artifact_pb2
 
 DATA = os.urandom(3 * CHUNK_BYTES + 17)
 SPECS = (TensorSpec("w", "float32", (4,), TensorRole.SHARED, TensorGroup.PARAM),)
+PLAIN = UpdateFormat(SPECS, FLOAT32, 1)
 
 
 def joined(messages) -> bytes:
@@ -146,14 +148,14 @@ def test_an_update_is_checked_and_read_from_memory_or_from_disk(updates):
     digest = digest_of(data)
     take_in(updates, data)
     updates._arrived.clear()
-    from_disk = updates.load("anna-0001", digest, SPECS)
-    asyncio.run(updates.check("anna-0001", digest, SPECS))
-    from_memory = updates.load("anna-0001", digest, SPECS)
+    from_disk = updates.load("anna-0001", digest, PLAIN)
+    asyncio.run(updates.check("anna-0001", digest, PLAIN))
+    from_memory = updates.load("anna-0001", digest, PLAIN)
     np.testing.assert_array_equal(from_disk["w"], from_memory["w"])
     updates._cache.clear()
     updates._file("anna-0001", digest).write_bytes(data[:-1] + b"\x7f")
     with pytest.raises(IntegrityError, match="changed on disk"):
-        updates.load("anna-0001", digest, SPECS)
+        updates.load("anna-0001", digest, PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_an_update_that_does_not_fit_is_refused(updates, tensors):
     data = encode_tensors(tensors)
     take_in(updates, data)
     with pytest.raises(ShapeError):
-        asyncio.run(updates.check("anna-0001", digest_of(data), SPECS))
+        asyncio.run(updates.check("anna-0001", digest_of(data), PLAIN))
 
 
 def test_a_new_round_starts_empty_and_the_one_before_the_last_is_swept(updates, tmp_path):
