@@ -238,6 +238,20 @@ class Device:
         """Hand in an update that could not be uploaded any more."""
         return await self.submit(task, digest_of(b"too late"))
 
+    async def report(
+        self,
+        task: federation_pb2.FederatedTask,
+        stage: federation_pb2.TaskStage = federation_pb2.TASK_STAGE_TRAINING,
+    ) -> bool:
+        """Tell how far a task is; whether the work is still wanted."""
+        stub: Any = federation_pb2_grpc.FederationServiceStub(self.channel)
+        response = await stub.ReportStage(
+            federation_pb2.ReportStageRequest(
+                run_id=task.run_id, round=task.round, attempt_id=task.attempt_id, stage=stage
+            )
+        )
+        return bool(response.wanted)
+
     async def decline(self, task: federation_pb2.FederatedTask, reason: str) -> None:
         """Turn a task down."""
         stub: Any = federation_pb2_grpc.FederationServiceStub(self.channel)

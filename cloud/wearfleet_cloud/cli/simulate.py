@@ -166,7 +166,7 @@ def _latency(text: str, dropout: float, seed: int) -> Latency:
     if len(numbers) not in (1, 3):
         raise ConfigError(f"latency is MEDIAN, MEDIAN,BETWEEN,WITHIN or a .csv file, got {text!r}")
     try:
-        median, between, within = (float(number) for number in (*numbers, 0.0, 0.0)[:3])
+        median, between, within = (float(number) for number in (*numbers, "0", "0")[:3])
     except ValueError as error:
         raise ConfigError(f"latency must be numbers or a .csv file, got {text!r}") from error
     return Latency(median, between, within, dropout, seed)

@@ -18,7 +18,7 @@ from wearfleet_protos.errors import TransportError, WearfleetError
 from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.config import FederationConfig
-from wearfleet_cloud.federated.cohort import select_cohort
+from wearfleet_cloud.federated.cohort import cohort_of, substitutes
 from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState, advance
 from wearfleet_cloud.federated.round_events import (
     Aborted,
@@ -35,6 +35,7 @@ from wearfleet_cloud.federated.round_events import (
     InviteClients,
     SelectCohort,
     ServiceRestarted,
+    SlotsGivenAway,
     StartAggregation,
     TaskFetched,
 )
@@ -142,15 +143,32 @@ class Coordinator:
                 if self.keeper is not None and self.keeper.open_for(device_id):
                     await self.happen(ClientDeclined(device_id, "revoked"))
 
-    async def start_planned(self) -> None:
-        """Choose the clients of a planned round if enough are there now."""
-        if self.keeper is not None and self.keeper.round.state == RoundState.PLANNED:
+    async def choose_clients(self) -> None:
+        """Choose the clients of a planned round if enough are there now, or those for free slots of a running one."""
+        if self.keeper is not None and _wants_clients(self.keeper):
             async with self.lock:
-                if self.keeper is not None and self.keeper.round.state == RoundState.PLANNED:
+                if self.keeper is not None and _wants_clients(self.keeper):
                     self._budget.begin()
-                    event = self._cohort(self.keeper)
+                    event = self._choice(self.keeper)
                     if event is not None:
                         await self.happen(event)
+
+    def _choice(self, keeper: RoundKeeper) -> CohortSelected | SlotsGivenAway | None:
+        assert self.run is not None
+        current = keeper.round
+        if current.state == RoundState.PLANNED:
+            return self._cohort(keeper)
+        chosen = substitutes(current, self._connected(), self.run.settings.seed, current.free_slots)
+        return SlotsGivenAway((), chosen) if chosen else None
+
+    def _connected(self) -> set[str]:
+        """Devices that can be asked now: they are there, and their privacy budget allows it."""
+        assert self.run is not None
+        return set(self._budget.allowed(self.run.strategy.privacy, self.room.connected() & self._active()))
+
+    def _active(self) -> set[str]:
+        devices = self._parts.directory.devices
+        return {name for name, device in devices.items() if device.revoked_ns is None}
 
     async def happen(self, event: Event, *works: Work) -> None:
         """One transition: decide, write, act. The caller holds the lock.
@@ -261,18 +279,11 @@ class Coordinator:
     def _cohort(self, keeper: RoundKeeper) -> CohortSelected | None:
         """The clients of a planned round; None while too few are there."""
         assert self.run is not None
-        settings, devices = self.run.settings, self._parts.directory.devices
-        active = {name for name, device in devices.items() if device.revoked_ns is None}
         if keeper.kind == "personalise":
-            chosen = tuple(sorted(self._took_part & active))
+            chosen = tuple(sorted(self._took_part & self._active()))
             return CohortSelected(chosen, len(chosen)) if chosen else None
-        chosen = select_cohort(
-            self._budget.allowed(self.run.strategy.privacy, self.room.connected() & active),
-            settings.cohort,
-            seed=settings.seed,
-            round_number=keeper.round.number,
-        )
-        return CohortSelected(chosen, settings.cohort.wanted(len(chosen))) if chosen else None
+        settings = self.run.settings
+        return cohort_of(keeper.round, self._connected(), settings.cohort, settings.seed)
 
     def _prepare_next(self, keeper: RoundKeeper, closed: Round, todo: list[Work]) -> RoundKeeper | None:
         """The next round, with its writes (or the end of the run) added to those of the closed one."""
@@ -314,7 +325,7 @@ class Coordinator:
     def _enter(self, keeper: RoundKeeper) -> None:
         """Begin to act on a round that comes from the database or was just written there."""
         tag = f"{keeper.round.run_id}-{keeper.round.number}"
-        self._parts.updates.begin(tag)
+        self._parts.updates.begin(tag, {task.client for task in keeper.round.carried})
         self._spawn(asyncio.to_thread(self._parts.updates.sweep))
         _, effects = keeper.after(ServiceRestarted())
         self._act(keeper, effects)
@@ -417,6 +428,11 @@ class Coordinator:
         task = asyncio.create_task(_logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _wants_clients(keeper: RoundKeeper) -> bool:
+    planned = keeper.round.state == RoundState.PLANNED
+    return planned or (keeper.kind == "train" and keeper.round.free_slots > 0)
 
 
 async def _logged(work: Coroutine[Any, Any, None]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from typing import Final
 
 from wearfleet_protos.errors import ConflictError, DeniedError, IntegrityError, ShapeError
@@ -44,7 +45,7 @@ class Federation:
         until = time.monotonic() + wait_s
         self._coordinator.room.note(device_id)
         while True:
-            await self._coordinator.start_planned()
+            await self._coordinator.choose_clients()
             task = await self._task_for(device_id)
             left = until - time.monotonic()
             if task is not None or left <= 0 or self._coordinator.stopping:
@@ -56,7 +57,7 @@ class Federation:
 
     def report(self, device_id: str, run_id: str, round_number: int, stage: Stage) -> bool:
         """Note how far a device is; False when its work is not wanted any more."""
-        keeper = self._present(run_id, round_number)
+        keeper = self._keeper_of(device_id, run_id, round_number)
         if keeper is None or not keeper.open_for(device_id):
             return False
         keeper.stages[device_id] = stage
@@ -81,7 +82,7 @@ class Federation:
             DeniedError: it was not invited.
         """
         async with self._coordinator.lock:
-            keeper = self._present(run_id, round_number)
+            keeper = self._keeper_of(device_id, run_id, round_number)
             if keeper is None:
                 return
             if device_id not in keeper.round.invited:
@@ -96,7 +97,7 @@ class Federation:
             NotFoundError: the update was not uploaded.
             ConflictError: another update of this device was accepted before.
         """
-        keeper = self._present(submission.run_id, submission.round)
+        keeper = self._keeper_of(submission.device_id, submission.run_id, submission.round)
         if keeper is None:
             return await self._late(submission)
         expected = attempt_id_for(submission.run_id, submission.round, submission.device_id)
@@ -109,7 +110,8 @@ class Federation:
             if keeper.takes_update(submission.device_id)
             else ""
         )
-        answer = await self._coordinator.submit(keeper, _event_of(submission, reason), submission)
+        counted = replace(submission, round=keeper.round.number)
+        answer = await self._coordinator.submit(keeper, _event_of(submission, reason), counted)
         if answer is None:
             return await self._late(submission)
         self._parts.metrics.submissions.labels(str(answer.status)).inc()
@@ -120,9 +122,13 @@ class Federation:
     async def _fault(self, keeper: RoundKeeper, submission: Submission, base_digest: str) -> str:
         """Why a submission cannot be used; empty when it can."""
         assert self._coordinator.run is not None
-        base = await self._downlinks.of(self._coordinator.run, keeper.round, submission.device_id)
+        carried = keeper.round.carried_task(submission.device_id)
+        if carried is not None and carried.attempt == submission.attempt_id:
+            base = carried.base
+        else:
+            base = await self._downlinks.of(self._coordinator.run, keeper.round, submission.device_id)
         if base_digest != base:
-            return f"it started from {base_digest[:80]!r}, the round from {base}"
+            return f"it started from {base_digest[:80]!r}, its task from {base}"
         if keeper.kind == "personalise":
             return "" if not submission.update_digest else "a personalisation keeps its tensors on the device"
         updates, update_format = self._parts.updates, self._coordinator.run.update_format
@@ -139,9 +145,7 @@ class Federation:
     async def _late(self, submission: Submission) -> Answer:
         """The answer to a submission of a round that is over."""
         known = await self._parts.database.run(
-            lambda connection: find_submission(
-                connection, submission.run_id, submission.round, submission.attempt_id
-            )
+            lambda connection: find_submission(connection, submission.run_id, submission.attempt_id)
         )
         own = known is not None and known.device_id == submission.device_id
         if own and known is not None and known.update_digest == submission.update_digest:
@@ -152,6 +156,16 @@ class Federation:
         keeper = self._coordinator.keeper
         same = keeper is not None and (keeper.round.run_id, keeper.round.number) == (run_id, round_number)
         return keeper if same else None
+
+    def _keeper_of(self, device_id: str, run_id: str, round_number: int) -> RoundKeeper | None:
+        """The round in which the device's task of a round may count: that one, or a later one that it is carried to."""
+        keeper = self._coordinator.keeper
+        task = (
+            None if keeper is None or keeper.round.run_id != run_id else keeper.round.carried_task(device_id)
+        )
+        if task is not None and task.attempt == attempt_id_for(run_id, round_number, device_id):
+            return keeper
+        return self._present(run_id, round_number)
 
     async def _task_for(self, device_id: str) -> Task | None:
         run, keeper = self._coordinator.run, self._coordinator.keeper
@@ -168,7 +182,7 @@ class Federation:
             plan_bytes=run.plan_bytes,
             tensors_digest=base,
             tensors_bytes=self._parts.blobs.size(base),
-            deadline=current.deadline,
+            deadline=time.time() + current.policy.deadline_s if current.policy.buffered else current.deadline,
         )
 
     async def _note_fetched(self, device_id: str, task: Task) -> None:

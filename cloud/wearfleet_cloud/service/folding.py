@@ -7,6 +7,7 @@ from wearfleet_protos.errors import AggregationError, ShapeError
 from wearfleet_protos.tensors import Digest, check_finite, decode_tensors, encode_tensors
 
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution
+from wearfleet_cloud.federated.fedbuff import rebased
 from wearfleet_cloud.federated.privacy.central import fold
 from wearfleet_cloud.federated.round import Receipt, Round
 from wearfleet_cloud.service.run_context import ActiveRun
@@ -82,5 +83,16 @@ class Folding:
         return self._newest[1]
 
     def _contribution(self, run: ActiveRun, receipt: Receipt, digest: Digest) -> Contribution:
-        load = lambda: self._updates.load(receipt.client, digest, run.update_format)  # noqa: E731 - one expression
-        return Contribution(receipt.client, receipt.num_examples, load, receipt.num_steps)
+        def load() -> Arrays:
+            update = self._updates.load(receipt.client, digest, run.update_format)
+            return self._from_current(run, Digest(receipt.base), update) if receipt.staleness else update
+
+        return Contribution(
+            receipt.client, receipt.num_examples, load, receipt.num_steps, staleness=receipt.staleness
+        )
+
+    def _from_current(self, run: ActiveRun, base: Digest, update: Arrays) -> Arrays:
+        """A stale update beside the round's tensors, which are the newest ones while it is folded."""
+        assert self._newest is not None
+        started = decode_tensors(self._blobs.read(base), run.plan.download_specs())
+        return rebased(update, run.plan.tensors, started, self._newest[1])

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from wearfleet_protos.chunks import CHUNK_BYTES, WireChunk
-from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError, TransportError
+from wearfleet_protos.errors import (
+    ConflictError,
+    DeniedError,
+    IntegrityError,
+    ProtocolError,
+    TransportError,
+)
 from wearfleet_protos.tensors import Digest, parse_digest
 
 from wearfleet_cloud.service.chunk_cache import ChunkCache
@@ -138,8 +144,15 @@ class Artifacts:
                     await asyncio.to_thread(upload.store)
             if upload.complete:
                 small = upload.offset <= SMALL_BYTES
-                data = upload.finish() if small else await asyncio.to_thread(upload.finish)
-                self._updates.keep(device_id, digest, upload, data)
+                try:
+                    data = upload.finish() if small else await asyncio.to_thread(upload.finish)
+                    self._updates.keep(device_id, digest, upload, data)
+                except (ConflictError, FileNotFoundError) as error:  # the next round has begun meanwhile
+                    if not self._federation.may_upload(device_id):
+                        raise
+                    raise TransportError(
+                        f"upload of {digest} came between two rounds; send it again"
+                    ) from error
                 return ArtifactState(True, upload.offset, upload.offset)
             await asyncio.to_thread(upload.store)
         return ArtifactState(False, 0, upload.offset)

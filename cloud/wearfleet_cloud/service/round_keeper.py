@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from sqlalchemy.engine import Connection
 from wearfleet_protos.tensors import Digest
 
-from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState, advance
+from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState, advance, next_round
 from wearfleet_cloud.federated.round_events import Effect, Event
 from wearfleet_cloud.service.live import Stage
-from wearfleet_cloud.service.run_context import ActiveRun, RoundKind
+from wearfleet_cloud.service.run_context import ActiveRun, RoundKind, attempt_id_for
 from wearfleet_cloud.storage.run_records import RoundRow, Submission, save_round
 
 __all__ = ["RoundKeeper", "first_round", "kept_round", "successor"]
@@ -36,12 +36,8 @@ class RoundKeeper:
     def open_for(self, device_id: str) -> bool:
         """True when this device is invited and has not answered."""
         current = self.round
-        answered = (
-            current.accepted(device_id) is not None
-            or device_id in dict(current.declined)
-            or device_id in dict(current.rejected)
-        )
-        return current.state == RoundState.RUNNING and device_id in current.invited and not answered
+        invited = current.state == RoundState.RUNNING and device_id in current.invited
+        return invited and device_id not in current.answered
 
     def takes_update(self, device_id: str) -> bool:
         """True while an update of this device would count; also after a refused one, or a task turned down."""
@@ -98,17 +94,15 @@ def successor(run: ActiveRun, closed: Round, kind: RoundKind) -> RoundKeeper | N
 
     A round that gave no model counts too: its number is used up, and the next one starts from the same tensors.
     """
-    number = closed.number + 1
+    following = next_round(closed, lambda number, client: attempt_id_for(run.run_id, number, client))
     if closed.state == RoundState.ABORTED or kind == "personalise":
         return None
-    published = closed.state == RoundState.PUBLISHED
-    base = Digest(closed.result) if published else closed.base
-    state = closed.result_state if published else closed.base_state
-    if number <= run.settings.rounds:
-        following = Round(run.run_id, number, base, run.settings.policy, base_state=state)
+    if following.number <= run.settings.rounds:
         return RoundKeeper(following, "train", time.time_ns())
     if not run.settings.personalise:
         return None
-    policy = replace(run.settings.policy, quorum=1, min_examples=1, extension_s=0.0)  # nothing is averaged
-    last = Round(run.run_id, number, base, policy, base_state=state)
+    policy = replace(  # nothing is averaged, and an update that comes now is too late
+        run.settings.policy, quorum=1, min_examples=1, extension_s=0.0, max_staleness=None
+    )
+    last = replace(following, policy=policy, carried=())
     return RoundKeeper(last, "personalise", time.time_ns())

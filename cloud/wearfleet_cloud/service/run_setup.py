@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from wearfleet_protos.tensors import (
 )
 
 from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated.cohort import policies_of
 from wearfleet_cloud.federated.privacy.central import check_private
 from wearfleet_cloud.fleet.registry import ONNX_MEDIA_TYPE
 from wearfleet_cloud.fleet.signing import SigningKeys
@@ -94,9 +96,13 @@ def start_run(
     Raises:
         IntegrityError: a graph is missing or is not what the plan says.
         ShapeError: the start values do not fit the plan, or are not finite.
-        ConfigError: the strategy does not know an option, or its privacy cannot protect what the plan uploads.
+        ConfigError: the strategy does not know an option, its privacy cannot protect what the plan uploads, or it has
+            buffers instead of the cohort that was chosen.
     """
-    check_private(create_strategy(plan.strategy, settings.options), plan.tensors)
+    strategy = create_strategy(plan.strategy, settings.options)
+    check_private(strategy, plan.tensors)
+    cohort, policy = policies_of(strategy.buffering, settings.cohort, settings.policy)
+    settings = replace(settings, cohort=cohort, policy=policy)
     _check_graphs(plan, graphs)
     check_tensors(tensors, plan.download_specs())
     check_finite(tensors)

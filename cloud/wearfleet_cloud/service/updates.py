@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections import deque
+from collections.abc import Collection
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -51,12 +52,20 @@ class UpdateStore:
         self._cache: dict[tuple[str, Digest], Tensors] = {}
         self._cached_bytes = 0
 
-    def begin(self, tag: str) -> None:
-        """Work on the round with this name from now on; "" means that there is none."""
+    def begin(self, tag: str, carried: Collection[str] = ()) -> None:
+        """Work on the round with this name from now on; "" means that there is none.
+
+        Args:
+            tag: name.
+            carried: devices whose uploads, also unfinished ones, move on from the round before.
+        """
         if self._round.name != _NO_ROUND:
             self._before = self._round
         self._round = self._root / (tag or _NO_ROUND)
         self._round.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in self._before.iterdir() if carried and self._before != self._root else ():
+            if path.name.removesuffix(_PART).rpartition(".")[0] in carried:
+                path.replace(self._round / path.name)
         self._complete, self._unfinished = set(), {}
         for path in sorted(self._round.iterdir(), key=lambda path: path.stat().st_mtime_ns):
             device_id, _, name = path.name.removesuffix(_PART).rpartition(".")

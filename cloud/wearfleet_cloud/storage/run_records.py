@@ -166,11 +166,9 @@ def insert_submissions(connection: Connection, accepted: Sequence[Submission]) -
     connection.execute(sa.insert(submissions), [_values(submission) for submission in accepted])
 
 
-def find_submission(
-    connection: Connection, run_id: str, round_number: int, attempt_id: str
-) -> Submission | None:
-    """The accepted submission with this key."""
-    query = sa.select(submissions).filter_by(run_id=run_id, round=round_number, attempt_id=attempt_id)
+def find_submission(connection: Connection, run_id: str, attempt_id: str) -> Submission | None:
+    """The accepted submission of an attempt, in whatever round it counted."""
+    query = sa.select(submissions).filter_by(run_id=run_id, attempt_id=attempt_id)
     row = connection.execute(query).mappings().first()
     return None if row is None else Submission(**row)
 

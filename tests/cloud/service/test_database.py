@@ -248,7 +248,7 @@ def test_a_submission_exists_once_and_a_run_ends_once(database):
     with database.write() as connection:
         assert next_running(connection) == run
         assert list_rounds(connection, "run-1") == [row]
-        assert find_submission(connection, "run-1", 1, "a") == submission
+        assert find_submission(connection, "run-1", "a") == submission
         assert finish_run(connection, "run-1", "done", 5)
         assert not stop_run(connection, "run-1", 6, "too late")
         assert next_running(connection) is None
