@@ -53,6 +53,7 @@ class Contribution:
         num_steps: optimiser steps it made.
         scale: factor of what it trained; statistics of normalisation and counters are taken as they are.
         staleness: versions that the global tensors have gone on since it started; 0 in synchronous rounds.
+        members: the clients whose mean it is; empty for the client's own update.
     """
 
     client: str
@@ -61,6 +62,7 @@ class Contribution:
     num_steps: int = 0
     scale: float = 1.0
     staleness: int = 0
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,8 @@ def weighted_mean(
         weight = float(contribution.num_examples) if averaging.weighting == "examples" else 1.0
         weight_before += weight
         _fold(wanted, pooled, means, update, (weight / weight_before, contribution.scale))
-    return Mean(means, tuple(c.client for c in ordered), sum(c.num_examples for c in ordered))
+    clients = tuple(member for c in ordered for member in c.members or (c.client,))
+    return Mean(means, clients, sum(c.num_examples for c in ordered))
 
 
 def moved(current: Arrays, mean: Mean, upload: UploadSpec) -> dict[str, NDArray[np.generic]]:

@@ -11,6 +11,7 @@ from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Con
 from wearfleet_cloud.federated.cohort import Buffering
 from wearfleet_cloud.federated.compression import Compression
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
+from wearfleet_cloud.federated.privacy.secagg_options import SecureOptions
 from wearfleet_cloud.federated.training_options import LocalTraining
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ class Strategy(Protocol):
 
     def averaged_by(self, averaging: Averaging) -> Self:
         """The same strategy with another rule for combining updates."""
+    @property
+    def secure(self) -> SecureOptions:
+        """Whether only the sum of a round's updates can be read; :meth:`server` then gets it as one contribution."""
+
 
     def network(self, model: "Classifier", seed: int) -> "Classifier":
         """The network that is trained, made from another; the same, unless the strategy adds layers or freezes some.
@@ -175,6 +180,7 @@ class AveragingStrategy:
         privacy: what is clipped and noised.
         compression: how updates are coded.
     """
+        secure: whether updates are summed under masks.
 
     info: ClassVar[StrategyInfo]
     local: LocalTraining = field(default_factory=LocalTraining)
@@ -182,6 +188,7 @@ class AveragingStrategy:
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     compression: Compression = field(default_factory=Compression)
 
+    secure: SecureOptions = field(default_factory=SecureOptions)
     @property
     def buffering(self) -> Buffering | None:
         """None: in synchronous rounds."""

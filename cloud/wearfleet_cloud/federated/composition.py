@@ -64,6 +64,14 @@ _UNSOUND_WITH: Final[Mapping[tuple[str, str], str]] = {
         "tau_eff depends on the steps of every client, so one client scales what all others send and clipping does not "
         "bound it; use fedavg or fedprox"
     ),
+    ("fednova", "secagg"): (
+        "updates are divided by each client's number of steps, which the server does not learn under secure "
+        "aggregation; use fedavg or fedprox"
+    ),
+    ("fednova", "local_dp"): (
+        "the server divides by the steps of every client, and under local privacy a device keeps them to itself; use "
+        "fedavg or fedprox"
+    ),
     ("fednova", "async"): "updates are normalised by the steps of all clients of a round; use fedavg",
     **{
         ("local", addition): "nothing is uploaded, so there is nothing to do it to; leave it off"

@@ -43,7 +43,7 @@ class FedNova(AveragingStrategy):
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="fednova",
         paper="Wang et al. 2020, arXiv:2007.07481",
-        composes_with=tuple(a for a in ADDITIONS if a not in ("central_dp", "async")),
+        composes_with=tuple(a for a in ADDITIONS if a not in ("secagg", "central_dp", "local_dp", "async")),
         hyper_parameters={"mu": "strength of the pull towards the global model, >= 0"},
     )
     mu: float = 0.0

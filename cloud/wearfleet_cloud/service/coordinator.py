@@ -15,9 +15,14 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from wearfleet_protos.errors import TransportError, WearfleetError
+from wearfleet_protos.secagg.identity import Verifier
 from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.config import FederationConfig
+<<<<<<<
+from wearfleet_cloud.federated.cohort import select_cohort
+from wearfleet_cloud.federated.privacy.secagg_fold import secure_contribution
+=======
 from wearfleet_cloud.federated.cohort import cohort_of, substitutes
 from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState, advance
 from wearfleet_cloud.federated.round_events import (
@@ -50,6 +55,7 @@ from wearfleet_cloud.service.round_view import accuracy, finished_round, round_v
 from wearfleet_cloud.service.run_context import ActiveRun, load_run
 from wearfleet_cloud.service.run_setup import TENSORS_MEDIA_TYPE
 from wearfleet_cloud.service.updates import UpdateStore
+from wearfleet_cloud.service.secure_rounds import SecureRounds
 from wearfleet_cloud.service.waiting_room import WaitingRoom
 from wearfleet_cloud.storage.blobs import Blobs
 from wearfleet_cloud.storage.catalog import insert_artifact
@@ -81,7 +87,10 @@ Submitted = tuple[RoundKeeper, Event, Submission, "asyncio.Future[Answer | None]
 
 @dataclass(frozen=True, slots=True)
 class FederationParts:
-    """What federated runs need of the service; ``on_tensors`` gets new global tensors to serve from memory."""
+    """What federated runs need of the service; ``on_tensors`` gets new global tensors to serve from memory.
+
+    ``verifier`` checks what devices sign in secure aggregation.
+    """
 
     config: FederationConfig
     database: Database
@@ -92,6 +101,7 @@ class FederationParts:
     live: LiveState
     metrics: Metrics
     on_tensors: Callable[[Digest, bytes], None]
+    verifier: Verifier
 
 
 class Coordinator:
@@ -109,6 +119,7 @@ class Coordinator:
         self.stopping = False
         self._parts = parts
         self._folding = Folding(parts.blobs, parts.updates, parts.on_tensors)
+        self.secure = SecureRounds(parts.verifier, parts.updates, self._leave_out)
         self._budget = PrivacyBudget()
         self._history: tuple[FinishedRound, ...] = ()
         self._took_part: set[str] = set()
@@ -125,6 +136,7 @@ class Coordinator:
                 timer.cancel()
         self.room.wake_all()
         for task in tuple(self._tasks):
+        self.secure.close()
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -241,6 +253,9 @@ class Coordinator:
         self._budget.commit()
         keeper.round = current
         self._act(keeper, all_effects)
+        for event, _ in events:
+            if isinstance(event, ClientDeclined):
+                self.secure.lose(event.client)
         if ended:
             await self._go_on(keeper, following)
         self.show()
@@ -326,6 +341,7 @@ class Coordinator:
         """Begin to act on a round that comes from the database or was just written there."""
         tag = f"{keeper.round.run_id}-{keeper.round.number}"
         self._parts.updates.begin(tag, {task.client for task in keeper.round.carried})
+        self.secure.close()
         self._spawn(asyncio.to_thread(self._parts.updates.sweep))
         _, effects = keeper.after(ServiceRestarted())
         self._act(keeper, effects)
@@ -346,6 +362,8 @@ class Coordinator:
 
     def _arm(self, keeper: RoundKeeper, at: float) -> None:
         if self._timer is not None:
+                    if self.run is not None:
+                        self.secure.open(self.run, keeper)
             self._timer.cancel()
         loop = asyncio.get_running_loop()
         delay = max(0.0, at - time.time())
@@ -375,7 +393,7 @@ class Coordinator:
             if keeper.kind == "personalise":
                 event = Aggregated(keeper.round.base)
             else:
-                folded = await asyncio.to_thread(self._folding.fold, run, keeper.round, updates)
+                folded = await self._fold(run, keeper.round, updates)
                 event, works = Aggregated(folded.digest, folded.state), (_note_tensors(folded),)
         except WearfleetError as error:
             _LOGGER.error("round %d of %s: %s", keeper.round.number, run.run_id, error)  # noqa: TRY400 - says it all
@@ -397,6 +415,24 @@ class Coordinator:
                 await self._take(row)
             except WearfleetError as error:
                 _LOGGER.error("run %s cannot go on: %s", row.run_id, error)  # noqa: TRY400 - says it all
+    async def _fold(self, run: ActiveRun, current: Round, updates: Mapping[str, Digest]) -> Folded:
+        """Average the updates, or what secure aggregation makes of them."""
+        contributions = self._folding.contributions(run, current, updates)
+        if run.secure:
+            total = await self.secure.total(run, current, updates)
+            tensors = await asyncio.to_thread(self._folding.tensors, run, current.base)
+            contributions = (secure_contribution(run.plan.tensors, run.plan.upload, tensors, total),)
+        return await asyncio.to_thread(self._folding.fold, run, current, contributions)
+
+    def _leave_out(self, keeper: RoundKeeper, devices: frozenset[str], reason: str) -> None:
+        """Wait no longer for devices that a secure round goes on without."""
+        self._spawn(self._decline_all(keeper, sorted(devices), reason))
+
+    async def _decline_all(self, keeper: RoundKeeper, devices: Sequence[str], reason: str) -> None:
+        for device_id in devices:
+            if keeper.open_for(device_id):
+                await self._surely(keeper, ClientDeclined(device_id, reason))
+
                 self.run = self.keeper = None
                 await self._parts.database.run(_finishing(row.run_id, "stopped", str(error)))
 
@@ -433,6 +469,7 @@ class Coordinator:
 def _wants_clients(keeper: RoundKeeper) -> bool:
     planned = keeper.round.state == RoundState.PLANNED
     return planned or (keeper.kind == "train" and keeper.round.free_slots > 0)
+        self.secure.adopted(self.keeper)
 
 
 async def _logged(work: Coroutine[Any, Any, None]) -> None:

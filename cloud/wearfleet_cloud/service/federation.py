@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Final
 
 from wearfleet_protos.errors import ConflictError, DeniedError, IntegrityError, ShapeError
+from wearfleet_protos.secagg.messages import Answer as SecureAnswer
+from wearfleet_protos.secagg.messages import Notice
 from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.federated.round_events import (
@@ -75,6 +77,20 @@ class Federation:
         if self._coordinator.keeper is not None:
             self._coordinator.keeper.bytes_down += size_bytes
 
+    async def answer_securely(
+        self, device_id: str, run_id: str, round_number: int, answer: SecureAnswer | None, wait_s: float
+    ) -> Notice | None:
+        """A device's answer to a stage of secure aggregation; what follows, None while others are awaited.
+
+        Raises:
+            ConflictError: the round is over, or goes on without this device.
+            DeniedError: it was not invited, or is not asked.
+            ProtocolError: the answer is malformed.
+            IntegrityError: a signature is wrong.
+        """
+        room = self._coordinator.secure.room_of(run_id, round_number)
+        return await room.exchange(device_id, answer, wait_s)
+
     async def decline(self, device_id: str, run_id: str, round_number: int, reason: str) -> None:
         """A device turns its task down; late or unknown tasks are ignored.
 
@@ -131,6 +147,10 @@ class Federation:
             return f"it started from {base_digest[:80]!r}, its task from {base}"
         if keeper.kind == "personalise":
             return "" if not submission.update_digest else "a personalisation keeps its tensors on the device"
+        if self._coordinator.run.secure:
+            fault = self._coordinator.secure.fault_of(keeper, submission.device_id)
+            if fault:
+                return fault
         updates, update_format = self._parts.updates, self._coordinator.run.update_format
         device_id, digest = submission.device_id, Digest(submission.update_digest)
         try:
@@ -182,7 +202,13 @@ class Federation:
             plan_bytes=run.plan_bytes,
             tensors_digest=base,
             tensors_bytes=self._parts.blobs.size(base),
+<<<<<<<
+            deadline=current.deadline,
+            secure=self._coordinator.secure.parameters_of(keeper) if keeper.kind == "train" else None,
+            without_figures=run.secure,
+=======
             deadline=time.time() + current.policy.deadline_s if current.policy.buffered else current.deadline,
+>>>>>>>
         )
 
     async def _note_fetched(self, device_id: str, task: Task) -> None:

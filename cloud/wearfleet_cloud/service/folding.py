@@ -42,13 +42,19 @@ class Folding:
         self._blobs, self._updates, self._on_tensors = blobs, updates, on_tensors
         self._newest: tuple[Digest, Arrays] | None = None
 
-    def fold(self, run: ActiveRun, current: Round, updates: Mapping[str, Digest]) -> Folded:
+    def contributions(
+        self, run: ActiveRun, current: Round, updates: Mapping[str, Digest]
+    ) -> tuple[Contribution, ...]:
+        """The stored updates of a round, by client's digest; its receipts say how many windows each trained on."""
+        return tuple(self._contribution(run, receipt, updates[receipt.client]) for receipt in current.receipts)
+
+    def fold(self, run: ActiveRun, current: Round, contributions: Sequence[Contribution]) -> Folded:
         """Average the updates of a round.
 
         Args:
             run: strategy and plan.
-            current: the round; its receipts say how many windows each client trained on.
-            updates: client to the digest of its update.
+            current: the round.
+            contributions: its updates.
 
         Returns:
             The new global tensors and what the strategy keeps for its next round, both stored.
@@ -61,9 +67,9 @@ class Folding:
         averaged = fold(
             run.strategy,
             run.plan.tensors,
-            self._tensors(run, current.base),
-            decode_tensors(self._blobs.read(Digest(current.base_state))) if current.base_state else {},
-            [self._contribution(run, receipt, updates[receipt.client]) for receipt in current.receipts],
+            self.tensors(run, current.base),
+            self._state(current),
+            contributions,
         )
         try:
             check_finite(averaged.tensors)
@@ -77,7 +83,8 @@ class Folding:
         self._on_tensors(digest, data)
         return Folded(digest, len(data), state, len(kept))
 
-    def _tensors(self, run: ActiveRun, base: Digest) -> Arrays:
+    def tensors(self, run: ActiveRun, base: Digest) -> Arrays:
+        """The global tensors with this digest."""
         if self._newest is None or self._newest[0] != base:
             self._newest = base, decode_tensors(self._blobs.read(base), run.plan.download_specs())
         return self._newest[1]

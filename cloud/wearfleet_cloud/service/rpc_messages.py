@@ -5,7 +5,8 @@ import time
 from typing import Final
 
 from wearfleet_protos.errors import ProtocolError
-from wearfleet_protos.v1 import federation_pb2
+from wearfleet_protos.secagg.codec import setup_to_pb
+from wearfleet_protos.v1 import federation_pb2, secagg_pb2
 
 from wearfleet_cloud.federated.round_events import Answer, AnswerStatus
 from wearfleet_cloud.service.handlers import check_metrics
@@ -28,8 +29,8 @@ _KINDS: Final = {
 }
 
 
-def wait_of(request: federation_pb2.PollTaskRequest) -> float:
-    """Seconds that a poll may wait."""
+def wait_of(request: federation_pb2.PollTaskRequest | secagg_pb2.SecureRequest) -> float:
+    """Seconds that a question may wait."""
     wait_s = request.wait_seconds if math.isfinite(request.wait_seconds) else 0.0
     return min(max(wait_s, 0.0), _LONGEST_WAIT_S)
 
@@ -40,6 +41,10 @@ def fill_task(message: federation_pb2.FederatedTask, task: Task) -> None:
     message.kind = _KINDS[task.kind]
     message.plan_digest, message.plan_bytes = task.plan_digest, task.plan_bytes
     message.tensors_digest, message.tensors_bytes = task.tensors_digest, task.tensors_bytes
+    if task.secure is not None:
+        message.kind = federation_pb2.TASK_KIND_TRAIN_SECURELY
+        message.secure.CopyFrom(setup_to_pb(task.secure))
+    message.without_figures = task.without_figures
     message.deadline_unix_ns = int(task.deadline * 1e9)
     message.remaining_seconds = max(0.0, task.deadline - time.time())
 

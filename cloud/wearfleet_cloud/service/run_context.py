@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
-from wearfleet_protos.codecs import UpdateFormat
+from wearfleet_protos.codecs import FLOAT32, UpdateFormat
 from wearfleet_protos.errors import ProtocolError
 from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
+from wearfleet_protos.secagg.parameters import SecureParameters
+from wearfleet_protos.secagg.vectors import size_of
+from wearfleet_protos.secagg.words import words_spec
 from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.federated import create_strategy
@@ -70,7 +73,7 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class ActiveRun:
-    """What does not change while a run goes on."""
+    """What does not change while a run goes on; ``upload_specs`` of what devices send, masked if the run is secure."""
 
     row: RunRow
     settings: RunSettings
@@ -84,10 +87,18 @@ class ActiveRun:
         """Identity of the run."""
         return self.row.run_id
 
+    @property
+    def secure(self) -> bool:
+        """Only the sum of a round's updates can be read."""
+        return bool(self.strategy.secure.addition)
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a device is asked to do; ``deadline`` in Unix seconds."""
+    """What a device is asked to do; ``deadline`` in Unix seconds.
+
+    With ``secure`` its update is masked; with ``without_figures`` it sends no metrics, counts or times.
+    """
 
     run_id: str
     round: int
@@ -98,6 +109,8 @@ class Task:
     tensors_digest: Digest
     tensors_bytes: int
     deadline: float
+    secure: SecureParameters | None = None
+    without_figures: bool = False
 
 
 def attempt_id_for(run_id: str, round_number: int, device_id: str) -> str:
@@ -118,4 +131,7 @@ def load_run(row: RunRow, blobs: Blobs, keys: SigningKeys) -> ActiveRun:
     plan = Plan.from_bytes(keys.verify(document, PLAN_MEDIA_TYPE))
     settings = RunSettings.from_dict(row.settings)
     strategy = create_strategy(row.strategy, settings.options)
-    return ActiveRun(row, settings, plan, len(document), strategy, plan.update_format())
+    masked = UpdateFormat((words_spec(size_of(plan.upload_specs())),), FLOAT32, plan.seed)
+    return ActiveRun(
+        row, settings, plan, len(document), strategy, masked if strategy.secure.addition else plan.update_format()
+    )

@@ -27,6 +27,7 @@ from wearfleet_cloud.service.memory import freeze_startup, keep_freed_memory
 from wearfleet_cloud.service.metrics import Metrics
 from wearfleet_cloud.service.rpc import RpcParts, RpcServer
 from wearfleet_cloud.service.rpc_guard import Guard
+from wearfleet_cloud.service.secure_rounds import device_verifier
 from wearfleet_cloud.service.state import State, open_state
 from wearfleet_cloud.service.state_dir import BrokerPlace, RunningService, exclusive, write_running
 from wearfleet_cloud.service.updates import UpdateStore
@@ -137,6 +138,7 @@ class Service:
             directory=state.directory,
             live=self.live,
             metrics=self.metrics,
+            verifier=device_verifier(state.authority),
             on_tensors=chunks.add,
         )
         coordinator = Coordinator(parts)

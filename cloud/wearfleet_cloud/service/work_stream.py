@@ -7,12 +7,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from google.protobuf.message import DecodeError
 from wearfleet_protos.chunks import CHUNK_BYTES, SENT_CHUNK, WireChunk, split_chunk
 from wearfleet_protos.errors import ProtocolError, TransportError
-from wearfleet_protos.v1 import federation_pb2
+from wearfleet_protos.secagg.codec import answer_from_pb, notice_to_pb
+from wearfleet_protos.v1 import federation_pb2, secagg_pb2
 
 from wearfleet_cloud.service.federation import Federation
 from wearfleet_cloud.service.handlers import Artifacts
@@ -22,6 +23,7 @@ __all__ = ["Pipe", "Turns", "WorkStreams"]
 
 _AT_ONCE: Final = 2
 _LONGEST_TURN_S: Final = 0.05
+_QUESTIONS: Final[tuple[Literal["poll", "submit", "secure"], ...]] = ("poll", "submit", "secure")
 
 
 class Pipe(Protocol):
@@ -63,17 +65,19 @@ class WorkStreams:
         """
         while (message := await pipe.read()) is not None:
             request, chunk = _parse(message)
-            kind = request.HasField("poll"), request.HasField("submit")
-            if kind == (True, False):
+            kind = tuple(name for name in _QUESTIONS if request.HasField(name))
+            if kind == ("poll",):
                 await pipe.timed("PollTask", lambda: self._poll(pipe, request.poll))  # noqa: B023 - called at once
-            elif kind == (False, True):
+            elif kind == ("secure",):
+                await pipe.timed("AnswerSecurely", lambda: self._secure(pipe, request.secure))  # noqa: B023 - called at once
+            elif kind == ("submit",):
                 await pipe.timed(
                     "SubmitUpdate",
                     lambda: self._submit(pipe, request.submit, chunk),  # noqa: B023 - called at once
                 )
             else:
                 raise ProtocolError(
-                    "a message of a work stream must hold a poll or a submission, and one only"
+                    f"a message of a work stream must hold one of {', '.join(_QUESTIONS)}, and one only"
                 )
 
     async def _poll(self, pipe: Pipe, request: federation_pb2.PollTaskRequest) -> None:
@@ -106,6 +110,14 @@ class WorkStreams:
             await self.artifacts.take_in(device_id, request.update_digest, size, chunks)
         answer = await self.federation.submit(submission, request.base_digest)
         await pipe.write(federation_pb2.WorkResponse(receipt=receipt_of(answer)).SerializeToString())
+
+    async def _secure(self, pipe: Pipe, request: secagg_pb2.SecureRequest) -> None:
+        device_id = pipe.device
+        answer = answer_from_pb(request, device_id)
+        notice = await self.federation.answer_securely(
+            device_id, request.run_id, request.round, answer, wait_of(request)
+        )
+        await pipe.write(federation_pb2.WorkResponse(secure=notice_to_pb(notice)).SerializeToString())
 
 
 class Turns:

@@ -14,7 +14,9 @@ UNSOUND = {
     ("scaffold", "robust"),
     ("scaffold", "async"),
     ("fednova", "async"),
+    ("fednova", "secagg"),  # section 21 allows it with updates that clients scale by all clients' steps
     ("fednova", "central_dp"),  # section 21 allows it; see composition.py
+    ("fednova", "local_dp"),
     *(("local", addition) for addition in ("secagg", "central_dp", "local_dp", "robust", "compression")),
 }
 """Of specs/federated.md section 21, written again by hand."""

@@ -1,7 +1,7 @@
 """What an operator asks of secure aggregation, and the parameters of a round that follow from it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from wearfleet_protos.errors import ConfigError
@@ -12,6 +12,9 @@ from wearfleet_protos.secagg.parameters import (
     default_threshold,
     largest_weight_levels,
 )
+
+from wearfleet_cloud.federated.cohort import CohortPolicy
+from wearfleet_cloud.federated.round_record import RoundPolicy
 
 __all__ = ["SecureOptions"]
 
@@ -74,6 +77,26 @@ class SecureOptions:
             ConfigError: sums could wrap.
         """
         check_overflow(members, 1, self.secagg_levels)
+
+    def policies(self, cohort: CohortPolicy, policy: RoundPolicy) -> tuple[CohortPolicy, RoundPolicy]:
+        """The policies of a run with at least ``secagg_minimum`` devices in a cohort and in a sum.
+
+        Raises:
+            ConfigError: cohorts are smaller than that, or so large that sums could wrap.
+        """
+        if not self.addition:
+            return cohort, policy
+        if 0 < cohort.cohort_size < self.secagg_minimum:
+            raise ConfigError(
+                f"cohorts of {cohort.cohort_size} are too small for secure aggregation, {self.secagg_minimum} are "
+                "needed (secagg_minimum)"
+            )
+        self.check_cohort(math.ceil(cohort.cohort_size * cohort.over_selection))
+        least = self.secagg_minimum
+        return (
+            replace(cohort, min_connected=max(cohort.min_connected, least)),
+            replace(policy, quorum=max(policy.quorum, least)),
+        )
 
     def parameters(
         self,
