@@ -60,6 +60,7 @@ class StrategyInfo:
         hyper_parameters: its own, beside those of local training, with their meaning.
         kept_beside: what else stays on the device from round to round, in words.
         uploaded_groups: of the uploaded tensors.
+        names_cohort: whether ``Strategy.cohort`` says who takes part; False leaves that to the operator's policy.
     """
 
     name: str
@@ -72,6 +73,7 @@ class StrategyInfo:
     hyper_parameters: Mapping[str, str] = field(default_factory=dict)
     kept_beside: tuple[str, ...] = ()
     uploaded_groups: tuple[TensorGroup, ...] = (TensorGroup.PARAM, TensorGroup.BUFFER)
+    names_cohort: bool = False
 
     def upload(self) -> UploadSpec:
         """The upload as the plan states it, but for its codec: differences."""
@@ -103,12 +105,12 @@ class Strategy(Protocol):
     def privacy(self) -> PrivacyOptions:
         """What is clipped and noised; ``privacy.central.fold`` applies it around :meth:`server`."""
 
-    def averaged_by(self, averaging: Averaging) -> Self:
-        """The same strategy with another rule for combining updates."""
     @property
     def secure(self) -> SecureOptions:
         """Whether only the sum of a round's updates can be read; :meth:`server` then gets it as one contribution."""
 
+    def averaged_by(self, averaging: Averaging) -> Self:
+        """The same strategy with another rule for combining updates."""
 
     def network(self, model: "Classifier", seed: int) -> "Classifier":
         """The network that is trained, made from another; the same, unless the strategy adds layers or freezes some.
@@ -178,17 +180,17 @@ class AveragingStrategy:
         local: training of a client.
         averaging: how updates are combined.
         privacy: what is clipped and noised.
+        secure: whether updates are summed under masks.
         compression: how updates are coded.
     """
-        secure: whether updates are summed under masks.
 
     info: ClassVar[StrategyInfo]
     local: LocalTraining = field(default_factory=LocalTraining)
     averaging: Averaging = field(default_factory=Averaging)
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
+    secure: SecureOptions = field(default_factory=SecureOptions)
     compression: Compression = field(default_factory=Compression)
 
-    secure: SecureOptions = field(default_factory=SecureOptions)
     @property
     def buffering(self) -> Buffering | None:
         """None: in synchronous rounds."""

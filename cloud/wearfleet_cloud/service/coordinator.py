@@ -19,11 +19,8 @@ from wearfleet_protos.secagg.identity import Verifier
 from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.config import FederationConfig
-<<<<<<<
-from wearfleet_cloud.federated.cohort import select_cohort
-from wearfleet_cloud.federated.privacy.secagg_fold import secure_contribution
-=======
 from wearfleet_cloud.federated.cohort import cohort_of, substitutes
+from wearfleet_cloud.federated.privacy.secagg_fold import secure_contribution
 from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState, advance
 from wearfleet_cloud.federated.round_events import (
     Aborted,
@@ -54,8 +51,8 @@ from wearfleet_cloud.service.round_keeper import RoundKeeper, first_round, kept_
 from wearfleet_cloud.service.round_view import accuracy, finished_round, round_view
 from wearfleet_cloud.service.run_context import ActiveRun, load_run
 from wearfleet_cloud.service.run_setup import TENSORS_MEDIA_TYPE
-from wearfleet_cloud.service.updates import UpdateStore
 from wearfleet_cloud.service.secure_rounds import SecureRounds
+from wearfleet_cloud.service.updates import UpdateStore
 from wearfleet_cloud.service.waiting_room import WaitingRoom
 from wearfleet_cloud.storage.blobs import Blobs
 from wearfleet_cloud.storage.catalog import insert_artifact
@@ -100,8 +97,8 @@ class FederationParts:
     directory: Directory
     live: LiveState
     metrics: Metrics
-    on_tensors: Callable[[Digest, bytes], None]
     verifier: Verifier
+    on_tensors: Callable[[Digest, bytes], None]
 
 
 class Coordinator:
@@ -118,8 +115,8 @@ class Coordinator:
         self.room = WaitingRoom(parts.config.recent_s)
         self.stopping = False
         self._parts = parts
-        self._folding = Folding(parts.blobs, parts.updates, parts.on_tensors)
         self.secure = SecureRounds(parts.verifier, parts.updates, self._leave_out)
+        self._folding = Folding(parts.blobs, parts.updates, parts.on_tensors)
         self._budget = PrivacyBudget()
         self._history: tuple[FinishedRound, ...] = ()
         self._took_part: set[str] = set()
@@ -135,8 +132,8 @@ class Coordinator:
             if timer is not None:
                 timer.cancel()
         self.room.wake_all()
-        for task in tuple(self._tasks):
         self.secure.close()
+        for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -252,10 +249,10 @@ class Coordinator:
             await self._parts.database.run(lambda connection: _carry_out(connection, todo))
         self._budget.commit()
         keeper.round = current
-        self._act(keeper, all_effects)
         for event, _ in events:
             if isinstance(event, ClientDeclined):
                 self.secure.lose(event.client)
+        self._act(keeper, all_effects)
         if ended:
             await self._go_on(keeper, following)
         self.show()
@@ -297,8 +294,11 @@ class Coordinator:
         if keeper.kind == "personalise":
             chosen = tuple(sorted(self._took_part & self._active()))
             return CohortSelected(chosen, len(chosen)) if chosen else None
-        settings = self.run.settings
-        return cohort_of(keeper.round, self._connected(), settings.cohort, settings.seed)
+        settings, eligible = self.run.settings, self._connected()
+        named = self._folding.cohort(self.run, keeper.round, eligible)
+        if named is not None:
+            return CohortSelected(named, len(named)) if named else None
+        return cohort_of(keeper.round, eligible, settings.cohort, settings.seed)
 
     def _prepare_next(self, keeper: RoundKeeper, closed: Round, todo: list[Work]) -> RoundKeeper | None:
         """The next round, with its writes (or the end of the run) added to those of the closed one."""
@@ -329,6 +329,7 @@ class Coordinator:
         self._show_now()
         if self._timer is not None:
             self._timer.cancel()
+        self.secure.close()
         if following is None:
             _LOGGER.info("run %s ended: %s", closed.round.run_id, closed.round.reason or "done")
             self.run = self.keeper = None
@@ -341,7 +342,6 @@ class Coordinator:
         """Begin to act on a round that comes from the database or was just written there."""
         tag = f"{keeper.round.run_id}-{keeper.round.number}"
         self._parts.updates.begin(tag, {task.client for task in keeper.round.carried})
-        self.secure.close()
         self._spawn(asyncio.to_thread(self._parts.updates.sweep))
         _, effects = keeper.after(ServiceRestarted())
         self._act(keeper, effects)
@@ -350,6 +350,8 @@ class Coordinator:
         for effect in effects:
             match effect:
                 case InviteClients():
+                    if self.run is not None:
+                        self.secure.open(self.run, keeper)
                     self.room.wake(effect.clients)
                 case SelectCohort():
                     self.room.wake_all()  # the first one that looks again chooses the cohort
@@ -362,8 +364,6 @@ class Coordinator:
 
     def _arm(self, keeper: RoundKeeper, at: float) -> None:
         if self._timer is not None:
-                    if self.run is not None:
-                        self.secure.open(self.run, keeper)
             self._timer.cancel()
         loop = asyncio.get_running_loop()
         delay = max(0.0, at - time.time())
@@ -403,18 +403,6 @@ class Coordinator:
             event = AggregationFailed("internal error; the service's log tells more")
         await self._surely(keeper, event, works)
 
-    async def _adopt(self) -> None:
-        """Take the oldest run that is not finished. The caller holds the lock."""
-        while self.run is None:
-            row = await self._parts.database.run(next_running)
-            if row is None:
-                self._parts.updates.begin("")
-                self._spawn(asyncio.to_thread(self._parts.updates.sweep))
-                return
-            try:
-                await self._take(row)
-            except WearfleetError as error:
-                _LOGGER.error("run %s cannot go on: %s", row.run_id, error)  # noqa: TRY400 - says it all
     async def _fold(self, run: ActiveRun, current: Round, updates: Mapping[str, Digest]) -> Folded:
         """Average the updates, or what secure aggregation makes of them."""
         contributions = self._folding.contributions(run, current, updates)
@@ -433,6 +421,18 @@ class Coordinator:
             if keeper.open_for(device_id):
                 await self._surely(keeper, ClientDeclined(device_id, reason))
 
+    async def _adopt(self) -> None:
+        """Take the oldest run that is not finished. The caller holds the lock."""
+        while self.run is None:
+            row = await self._parts.database.run(next_running)
+            if row is None:
+                self._parts.updates.begin("")
+                self._spawn(asyncio.to_thread(self._parts.updates.sweep))
+                return
+            try:
+                await self._take(row)
+            except WearfleetError as error:
+                _LOGGER.error("run %s cannot go on: %s", row.run_id, error)  # noqa: TRY400 - says it all
                 self.run = self.keeper = None
                 await self._parts.database.run(_finishing(row.run_id, "stopped", str(error)))
 
@@ -457,6 +457,7 @@ class Coordinator:
         if not keepers:
             await self._parts.database.run(self.keeper.save(self.keeper.round))
         _LOGGER.info("run %s: round %d of %d", run.run_id, self.keeper.round.number, run.settings.rounds)
+        self.secure.adopted(self.keeper)
         self._enter(self.keeper)
         self.show()
 
@@ -469,7 +470,6 @@ class Coordinator:
 def _wants_clients(keeper: RoundKeeper) -> bool:
     planned = keeper.round.state == RoundState.PLANNED
     return planned or (keeper.kind == "train" and keeper.round.free_slots > 0)
-        self.secure.adopted(self.keeper)
 
 
 async def _logged(work: Coroutine[Any, Any, None]) -> None:

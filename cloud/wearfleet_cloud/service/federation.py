@@ -202,13 +202,9 @@ class Federation:
             plan_bytes=run.plan_bytes,
             tensors_digest=base,
             tensors_bytes=self._parts.blobs.size(base),
-<<<<<<<
-            deadline=current.deadline,
+            deadline=time.time() + current.policy.deadline_s if current.policy.buffered else current.deadline,
             secure=self._coordinator.secure.parameters_of(keeper) if keeper.kind == "train" else None,
             without_figures=run.secure,
-=======
-            deadline=time.time() + current.policy.deadline_s if current.policy.buffered else current.deadline,
->>>>>>>
         )
 
     async def _note_fetched(self, device_id: str, task: Task) -> None:

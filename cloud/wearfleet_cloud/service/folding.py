@@ -1,6 +1,6 @@
 """From the stored updates of a round to new global tensors; runs in a thread."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from wearfleet_protos.errors import AggregationError, ShapeError
@@ -46,7 +46,9 @@ class Folding:
         self, run: ActiveRun, current: Round, updates: Mapping[str, Digest]
     ) -> tuple[Contribution, ...]:
         """The stored updates of a round, by client's digest; its receipts say how many windows each trained on."""
-        return tuple(self._contribution(run, receipt, updates[receipt.client]) for receipt in current.receipts)
+        return tuple(
+            self._contribution(run, receipt, updates[receipt.client]) for receipt in current.receipts
+        )
 
     def fold(self, run: ActiveRun, current: Round, contributions: Sequence[Contribution]) -> Folded:
         """Average the updates of a round.
@@ -88,6 +90,20 @@ class Folding:
         if self._newest is None or self._newest[0] != base:
             self._newest = base, decode_tensors(self._blobs.read(base), run.plan.download_specs())
         return self._newest[1]
+
+    def cohort(self, run: ActiveRun, planned: Round, eligible: Collection[str]) -> tuple[str, ...] | None:
+        """Who takes part in a round, if the strategy decides it; None leaves it to the operator's policy.
+
+        Raises:
+            NotFoundError: the server's state is gone.
+            IntegrityError: its file was changed.
+        """
+        if not run.strategy.info.names_cohort:
+            return None
+        return run.strategy.cohort(sorted(eligible), planned.number, self._state(planned))
+
+    def _state(self, current: Round) -> Arrays:
+        return decode_tensors(self._blobs.read(Digest(current.base_state))) if current.base_state else {}
 
     def _contribution(self, run: ActiveRun, receipt: Receipt, digest: Digest) -> Contribution:
         def load() -> Arrays:

@@ -96,25 +96,13 @@ def start_run(
     Raises:
         IntegrityError: a graph is missing or is not what the plan says.
         ShapeError: the start values do not fit the plan, or are not finite.
-<<<<<<<
-=======
-        ConfigError: the strategy does not know an option, its privacy cannot protect what the plan uploads, or it has
-            buffers instead of the cohort that was chosen.
+        ConfigError: the strategy does not know an option, its privacy cannot protect what the plan uploads, it has
+            buffers instead of the cohort that was chosen, or cohorts are too small or large for secure aggregation.
     """
     strategy = create_strategy(plan.strategy, settings.options)
     check_private(strategy, plan.tensors)
     cohort, policy = policies_of(strategy.buffering, settings.cohort, settings.policy)
-    settings = replace(settings, cohort=cohort, policy=policy)
-    _check_graphs(plan, graphs)
-    check_tensors(tensors, plan.download_specs())
-    check_finite(tensors)
->>>>>>>
-        ConfigError: the strategy does not know an option, or its privacy cannot protect what the plan uploads, or
-            the cohorts are too small or too large for secure aggregation.
-    """
-    strategy = create_strategy(plan.strategy, settings.options)
-    check_private(strategy, plan.tensors)
-    cohort, policy = strategy.secure.policies(settings.cohort, settings.policy)
+    cohort, policy = strategy.secure.policies(cohort, policy)
     settings = replace(settings, cohort=cohort, policy=policy)
     _check_graphs(plan, graphs)
     check_tensors(tensors, plan.download_specs())
