@@ -13,18 +13,22 @@ import typer
 if TYPE_CHECKING:
     from wearfleet_models.classifier import Classifier
     from wearfleet_protos.plan import Plan
+    from wearfleet_protos.secagg.identity import Signer, Verifier
+    from wearfleet_protos.secagg.parameters import SecureParameters
     from wearfleet_protos.tensors import Digest
 
     from wearfleet_cloud.data.dataset import Progress
     from wearfleet_cloud.data.prepared import Prepared
+    from wearfleet_cloud.federated.attacks import Attack
     from wearfleet_cloud.federated.base import Strategy
     from wearfleet_cloud.federated.latency import Latency
+    from wearfleet_cloud.federated.privacy.secagg_local import MemberMachine
     from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation
     from wearfleet_cloud.federated.simulated_clients import SimulatedClient
     from wearfleet_cloud.federated.stacked_clients import Runner
     from wearfleet_cloud.federated.wire_clients import DeviceRound, Stored
 
-__all__ = ["device_engine", "register"]
+__all__ = ["device_engine", "device_member", "register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -58,7 +62,8 @@ def _simulate(
         int, typer.Option("--finetune", min=0, help="k of finetuned(k); 0 leaves it out.")
     ] = 0,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Hyper-parameter, name=value; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="Hyper-parameter, or attack and attacker_share, name=value; repeatable."),
     ] = None,
     backbone: Annotated[
         str, typer.Option("--backbone", help="Of a network with random first weights.")
@@ -89,7 +94,8 @@ def _simulate(
     from wearfleet_cloud.federated.simulate import Simulation
 
     options = parse_settings(settings or [])
-    chosen = create_strategy(strategy, options)
+    attack, of_strategy = _attack(options)
+    chosen = create_strategy(strategy, of_strategy)
     simulation = Simulation(
         rounds,
         CohortPolicy(cohort, 1, over_selection),
@@ -102,7 +108,8 @@ def _simulate(
     population = _population(prepared, clients, unseen, split=split, alpha=alpha, seed=seed)
     begin = _model(prepared, population, backbone, seed) if run is None else _trained(run, prepared)
     model = chosen.network(begin, seed)
-    runner = _wire(prepared, model, seed) if wire else _stacked(model, seed, stack, device)
+    honest = _wire(prepared, model, seed) if wire else _stacked(model, seed, stack, device)
+    runner = _attacked(honest, attack, population, model, seed)
     about: dict[str, object] = {
         "strategy": strategy,
         "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
@@ -138,7 +145,9 @@ def _run(
     from wearfleet_cloud.federated.simulation_report import row_of, write_report
 
     def run(progress: Progress) -> Outcome:
-        return simulate(strategy, model, population, simulation, runner, progress=progress)
+        return simulate(
+            strategy, model, population, simulation, runner, machine_of=device_member, progress=progress
+        )
 
     begin = time.monotonic()
     if as_json:
@@ -149,6 +158,27 @@ def _run(
     row = row_of(about, outcome, time.monotonic() - begin)
     write_report(out, row, outcome)
     print(json.dumps({**row, "out": str(out)}) if as_json else (out / "table.md").read_text(encoding="utf-8"))
+
+
+def _attack(options: Mapping[str, object]) -> tuple[Attack, dict[str, object]]:
+    """The simulated attack, and the other options."""
+    from wearfleet_cloud.federated.attacks import Attack
+    from wearfleet_cloud.federated.training_options import option_names, parse_options
+
+    own = option_names(Attack)
+    attack = Attack(**parse_options(Attack, {name: v for name, v in options.items() if name in own}))
+    return attack, {name: value for name, value in options.items() if name not in own}
+
+
+def _attacked(
+    honest: Callable[[Strategy], Runner], attack: Attack, population: Population, model: Classifier, seed: int
+) -> Callable[[Strategy], Runner]:
+    from wearfleet_cloud.federated.attacks import Attackers, chosen_attackers
+
+    if attack.attack == "none":
+        return honest
+    names = chosen_attackers([client.name for client in population.clients], attack.attacker_share, seed)
+    return lambda strategy: Attackers(honest(strategy), attack.attack, names, model.spec.classes)
 
 
 def _latency(text: str, dropout: float, seed: int) -> Latency:
@@ -270,3 +300,14 @@ def device_engine(
         result.num_examples,
         result.num_steps,
     )
+
+
+def device_member(
+    name: str, signer: Signer, verifier: Verifier, parameters: SecureParameters, seed: int
+) -> MemberMachine:
+    """The agent's own side of secure aggregation: implements ``secagg_simulated.MachineOf``."""
+    import numpy as np
+    from wearfleet_edge.secagg_client import Member, SecureClient
+
+    member = Member(name, signer, verifier, 2, np.random.Generator(np.random.PCG64(seed)).bytes)
+    return SecureClient(member, parameters, parameters.run_id, parameters.round)

@@ -17,13 +17,15 @@ from wearfleet_protos.plan import rng_key
 from wearfleet_protos.tensors import TensorSpec, check_finite
 
 from wearfleet_cloud.data.dataset import Progress, silent
-from wearfleet_cloud.federated.aggregate import Arrays, Contribution
+from wearfleet_cloud.federated.aggregate import Arrays, Contribution, check_update, uploaded
 from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.cohort import CohortPolicy, policies_of
 from wearfleet_cloud.federated.fedavg import FedAvg
 from wearfleet_cloud.federated.fedbuff import rebased
 from wearfleet_cloud.federated.latency import Latency
 from wearfleet_cloud.federated.privacy.central import check_private, fold
+from wearfleet_cloud.federated.privacy.secagg_simulated import MachineOf, SimulatedSums
+from wearfleet_cloud.federated.robust.options import TooFewUpdatesError
 from wearfleet_cloud.federated.round_record import RoundPolicy
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 from wearfleet_cloud.federated.stacked_clients import ClientRound, Kept, Runner, downloaded_specs
@@ -101,6 +103,9 @@ class RoundFigures:
         lost: clients that were given up.
         staleness: mean over the updates.
         virtual_s: virtual time of its end since the start of the run.
+        refused: clients whose updates the service or the robust rule refused.
+        suspects: clients that the robust rule found suspect, with those that it refused.
+        skipped: why the robust rule made nothing of the round; empty when it did.
     """
 
     number: int
@@ -111,6 +116,9 @@ class RoundFigures:
     lost: int
     staleness: float
     virtual_s: float
+    refused: tuple[str, ...] = ()
+    suspects: tuple[str, ...] = ()
+    skipped: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +146,7 @@ def simulate(
     simulation: Simulation,
     runner_of: Callable[[Strategy], Runner],
     *,
+    machine_of: MachineOf | None = None,
     progress: Progress = silent,
 ) -> Outcome:
     """Run a federation and evaluate it in every mode that applies.
@@ -148,22 +157,26 @@ def simulate(
         population: its clients.
         simulation: rounds, cohorts, seed.
         runner_of: how the clients of a strategy are run.
+        machine_of: makes members of secure aggregation, if it is on.
         progress: told about rounds.
 
     Raises:
-        AggregationError: a round's average is not finite; training diverged.
+        AggregationError: a round's average is not finite, training diverged; or a robust rule skipped every round.
         ConfigError: the strategy's privacy cannot protect what it uploads.
     """
     runner = runner_of(strategy)
     check_private(strategy, runner.specs)
     clients = {client.name: client for client in population.clients}
-    federation = _Federation(strategy, runner, clients, simulation, _first_tensors(model, runner.specs))
+    sums = _sums(strategy, machine_of, simulation.seed)
+    federation = _Federation(strategy, runner, clients, simulation, sums, _first_tensors(model, runner.specs))
     run = _virtual_run(strategy, population, simulation)
     figures = []
     for number in range(1, simulation.rounds + 1):
         played = run.play(strategy.cohort(sorted(clients), number, federation.state))
-        figures.append(_figures(played, federation.round(played), runner.specs))
+        figures.append(_figures(played, federation.round(played), runner.specs, federation.judged))
         progress("rounds", number, simulation.rounds)
+    if all(round_.skipped for round_ in figures):
+        raise AggregationError(f"every round was skipped; the first: {figures[0].skipped}")
     tensors, state, kept = federation.tensors, federation.state, federation.kept
     last = simulation.rounds + 1
     received = [strategy.received(client.name, tensors, state) for client in population.clients]
@@ -179,6 +192,15 @@ def simulate(
     return Outcome(tuple(figures), modes, tensors, state)
 
 
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What a fold said of clients; the fields of ``RoundFigures``."""
+
+    refused: tuple[str, ...] = ()
+    suspects: tuple[str, ...] = ()
+    skipped: str = ""
+
+
 @dataclass(slots=True)
 class _Federation:
     """The server's tensors and state, those of the versions before that still count, and what the clients kept."""
@@ -187,14 +209,17 @@ class _Federation:
     runner: Runner
     clients: Mapping[str, SimulatedClient]
     simulation: Simulation
+    sums: SimulatedSums | None
     tensors: Arrays
     state: Arrays = field(default_factory=dict)
     kept: dict[str, Kept] = field(default_factory=dict)
+    judged: _Judged = field(default_factory=_Judged)
     _version: int = 0
     _bases: dict[int, tuple[int, Arrays, Arrays]] = field(default_factory=dict)
 
     def round(self, played: VirtualRound) -> list[ClientRound]:
         """Train what counts in a round, each update from the tensors of its task, and fold it."""
+        self.judged = _Judged()
         buffering = self.strategy.buffering
         oldest = self._version - (buffering.max_staleness if buffering else 0)
         self._bases = {task: base for task, base in self._bases.items() if base[0] >= oldest}
@@ -208,6 +233,8 @@ class _Federation:
         }
         results = [made[counted.client] for counted in sorted(played.counted, key=lambda c: c.client)]
         self._fold(played, made)
+        if self.judged.skipped:
+            return []
         self._version += 1
         self.kept |= {r.client: r.kept for r in results}
         return results
@@ -221,8 +248,28 @@ class _Federation:
     def _fold(self, played: VirtualRound, made: Mapping[str, ClientRound]) -> None:
         number, specs = played.number, self.runner.specs
         noise = np.random.Generator(np.random.PCG64(rng_key(self.simulation.seed, number, _NOISE, 0)))
-        updates = [self._contribution(counted, made[counted.client]) for counted in played.counted]
-        folded = fold(self.strategy, specs, self.tensors, self.state, updates, generator=noise)
+        sent = uploaded(specs, self.strategy.info.upload())
+        faults = {c.client: _fault(made[c.client], sent) for c in played.counted}
+        if all(faults.values()):
+            first = next(iter(faults.values()))
+            raise AggregationError(
+                f"round {number}: no update can be used; {first}; use a smaller learning rate"
+            )
+        usable = [counted for counted in played.counted if not faults[counted.client]]
+        unusable = tuple(sorted(client for client, fault in faults.items() if fault))
+        updates = [self._contribution(counted, made[counted.client]) for counted in usable]
+        try:
+            if self.sums is not None:
+                updates = [self.sums.of(number, specs, self.strategy.info.upload(), self.tensors, updates)]
+            folded = fold(self.strategy, specs, self.tensors, self.state, updates, generator=noise)
+        except TooFewUpdatesError as error:
+            self.judged = _Judged(unusable, unusable, str(error))
+            return
+        evidence = folded.mean.evidence
+        self.judged = _Judged(
+            tuple(sorted((*unusable, *(j.client for j in evidence if j.verdict == "refused")))),
+            tuple(sorted((*unusable, *(j.client for j in evidence if j.suspect)))),
+        )
         try:
             check_finite(folded.tensors)
         except ShapeError as error:
@@ -236,6 +283,24 @@ class _Federation:
         return Contribution(
             result.client, result.num_examples, lambda: update, result.num_steps, staleness=counted.staleness
         )
+
+
+def _sums(strategy: Strategy, machine_of: MachineOf | None, seed: int) -> SimulatedSums | None:
+    """How updates are summed under masks; None when they are not."""
+    if not strategy.secure.addition:
+        return None
+    if machine_of is None:
+        raise ConfigError("secagg=on needs the members' machines: give machine_of")
+    return SimulatedSums(strategy.secure, strategy.averaging.weighting == "uniform", machine_of, seed)
+
+
+def _fault(result: ClientRound, sent: Sequence[TensorSpec]) -> str:
+    """Why the service would not accept the update; empty when it would."""
+    try:
+        check_update(result.update, sent, client=result.client)
+    except AggregationError as error:
+        return str(error)
+    return ""
 
 
 def _virtual_run(strategy: Strategy, population: Population, simulation: Simulation) -> VirtualRun:
@@ -262,7 +327,7 @@ def _first_tensors(model: Classifier, specs: Sequence[TensorSpec]) -> dict[str, 
 
 
 def _figures(
-    played: VirtualRound, results: Sequence[ClientRound], specs: Sequence[TensorSpec]
+    played: VirtualRound, results: Sequence[ClientRound], specs: Sequence[TensorSpec], judged: _Judged
 ) -> RoundFigures:
     shares = [hits / count for hits, count in (_counts(r, "evaluate_before") for r in results)]
     return RoundFigures(
@@ -274,6 +339,9 @@ def _figures(
         lost=played.lost,
         staleness=sum(c.staleness for c in played.counted) / max(1, len(played.counted)),
         virtual_s=played.ended_s,
+        refused=judged.refused,
+        suspects=judged.suspects,
+        skipped=judged.skipped,
     )
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from wearfleet_protos.errors import AggregationError
 from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.tensors import TensorSpec
 
@@ -28,7 +27,7 @@ from wearfleet_cloud.federated.aggregate import (
 )
 from wearfleet_cloud.federated.robust import rules
 from wearfleet_cloud.federated.robust.evidence import OUTLYING, Judgement
-from wearfleet_cloud.federated.robust.options import check_bound
+from wearfleet_cloud.federated.robust.options import TooFewUpdatesError, check_bound
 from wearfleet_cloud.federated.robust.rules import Combined
 from wearfleet_cloud.federated.robust.stack import Layout, Stack, stacked
 from wearfleet_cloud.kernels.robust import coordinate_median, squared_norms, weighted_mean
@@ -60,8 +59,8 @@ def robust_mean(
         averaging: rule and options; its memory is what the last round left.
 
     Raises:
-        AggregationError: a client twice, nothing trained is uploaded, or fewer updates than the rule needs pass the
-            first checks.
+        AggregationError: a client twice, or nothing trained is uploaded.
+        TooFewUpdatesError: fewer updates than the rule needs pass the first checks.
 
     Source: specs/federated.md section 16; the rules name their papers.
     """
@@ -104,7 +103,7 @@ def _within_norm(stack: Stack, before: NDArray[np.generic] | None) -> tuple[Tens
     The running median is that of the median norms of the last rounds and of this one.
     """
     if not stack.clients:
-        raise AggregationError(_nobody(stack.refused))
+        raise TooFewUpdatesError(_nobody(stack.refused))
     norms = squared_norms(torch.from_numpy(stack.trained)).sqrt()
     known = np.empty(0) if before is None else np.asarray(before, np.float64)
     remembered = np.append(known, float(norms.median()))[-_REMEMBERED - 1 :]
@@ -117,7 +116,7 @@ def _within_norm(stack: Stack, before: NDArray[np.generic] | None) -> tuple[Tens
         )
     stack.keep(kept)
     if not kept:
-        raise AggregationError(_nobody(stack.refused))
+        raise TooFewUpdatesError(_nobody(stack.refused))
     return norms[kept], remembered
 
 

@@ -5,7 +5,7 @@ from typing import Final
 
 from wearfleet_protos.errors import AggregationError, ConfigError
 
-__all__ = ["RULES", "check_bound", "check_options", "selected_of"]
+__all__ = ["RULES", "TooFewUpdatesError", "check_bound", "check_options", "selected_of"]
 
 RULES: Final = (
     "mean",
@@ -22,6 +22,10 @@ _COUNTING: Final = ("krum", "multi-krum", "bulyan")
 """Rules whose arithmetic uses the number of attackers."""
 
 _DEFAULT_TRIM: Final = 0.2
+
+
+class TooFewUpdatesError(AggregationError):
+    """A rule's guarantee needs more updates than passed the first checks: the round is skipped, the model stays."""
 
 
 def check_options(
@@ -66,22 +70,22 @@ def check_bound(rule: str, count: int, *, attackers: int, trim: float, selected:
         selected: k of Multi-Krum; 0 for its default.
 
     Raises:
-        AggregationError: too few; the round must be skipped and the old model kept.
+        TooFewUpdatesError: the round must be skipped and the old model kept.
     """
     least = {"krum": 2, "multi-krum": 2, "bulyan": 4}
     needed = least[rule] * attackers + 3 if rule in least else 2 * attackers + 1
     if count < needed:
-        raise AggregationError(
+        raise TooFewUpdatesError(
             f"rule {rule} with {attackers} attackers needs at least {needed} updates, {count} are left; the round is "
             "skipped (raise cohort_size, or lower attackers or bucket in a new run)"
         )
     if rule == "trimmed-mean" and math.floor(trim * count) < attackers:
-        raise AggregationError(
+        raise TooFewUpdatesError(
             f"trimmed-mean cuts {math.floor(trim * count)} of {count} updates at each end, fewer than {attackers} "
             f"attackers; the round is skipped (trim must be at least {attackers / count:.3f})"
         )
     if rule == "multi-krum" and selected > count - attackers:
-        raise AggregationError(
+        raise TooFewUpdatesError(
             f"multi-krum cannot take {selected} of {count} updates when {attackers} may be bad; the round is skipped"
         )
 
