@@ -96,6 +96,7 @@ class MetaFed(AveragingStrategy):
         },
         kept_beside=("whether its model was good enough",),
         uploaded_groups=(TensorGroup.AUX,),
+        names_cohort=True,
     )
     threshold: float = 0.6
     personal_threshold: float = 0.5
@@ -187,7 +188,9 @@ class MetaFed(AveragingStrategy):
 
     def _loss(self, model: "Classifier") -> "Loss":
         """Cross-entropy + lambda mean squared difference of the embeddings; lambda 0 for a model taken over."""
-        from wearfleet_cloud.federated.client_steps import (  # noqa: PLC0415  see AveragingStrategy
+        import torch  # noqa: PLC0415  see AveragingStrategy
+
+        from wearfleet_cloud.federated.client_steps import (  # noqa: PLC0415
             cross_entropy,
             embedding_of,
             weighted_mean,
@@ -196,7 +199,8 @@ class MetaFed(AveragingStrategy):
         embedding, names = embedding_of(model), tuple(model.state_dict())
 
         def loss(features: "Tensor", logits: "Tensor", given: "Tensors") -> "Tensor":
-            theirs = embedding(_teacher_of(given, names), given["x"])
+            heard = embedding(_teacher_of(given, names), given["x"])
+            theirs = torch.where(given[_STAGE] > 0.5, heard, features.detach())
             apart = ((features - theirs) ** 2).mean(dim=1)
             own = weighted_mean(cross_entropy(logits, given["y"]), given)
             return own + self._weight(given) * weighted_mean(apart, given)
