@@ -36,7 +36,7 @@ from wearfleet_edge.memory import release_memory, resident_bytes
 from wearfleet_edge.models import ActiveModel
 from wearfleet_edge.outbox import Outbox
 from wearfleet_edge.pipeline import HeaderFactory
-from wearfleet_edge.policy import sharing_policy
+from wearfleet_edge.policy import plan_demands, sharing_policy
 from wearfleet_edge.scores import Scores
 from wearfleet_edge.sensors.replay import load_replay
 from wearfleet_edge.slots import Slots
@@ -334,6 +334,7 @@ class Agent:
             wait=self._stop.wait,
             member=lambda: self._member(config.secure_minimum_cohort),
             secure_only=config.secure_only,
+            demands=plan_demands(config),
         )
 
     def _member(self, minimum_cohort: int) -> Member:

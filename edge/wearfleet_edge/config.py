@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -87,6 +88,8 @@ class FederationConfig:
         max_seconds: longest computation of one task, whatever its plan allows.
         max_megabytes: most bytes of one task on the wire, whatever its plan allows.
         secure_minimum_cohort: with secure aggregation: join no smaller cohort, unmask no sum of fewer devices.
+        max_epsilon: privacy that a plan's own clip and noise must give a round, at delta 1e-5; inf for no demand.
+        strategies: names of the strategies to take part in, separated by commas; empty for all.
         secure_only: send no update and no figure but in such a sum; other training tasks are turned down.
     """
 
@@ -98,6 +101,8 @@ class FederationConfig:
     max_megabytes: float = 256.0
     secure_minimum_cohort: int = 10
     secure_only: bool = False
+    max_epsilon: float = math.inf
+    strategies: str = ""
 
     def __post_init__(self) -> None:
         _check(
@@ -112,6 +117,7 @@ class FederationConfig:
             self.secure_minimum_cohort >= 3,
             f"federation.secure_minimum_cohort must be at least 3, got {self.secure_minimum_cohort}",
         )
+        _check(self.max_epsilon > 0, f"federation.max_epsilon must be above 0, got {self.max_epsilon}")
 
 
 @dataclass(frozen=True, slots=True)

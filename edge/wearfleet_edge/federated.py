@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -24,6 +24,7 @@ from wearfleet_protos.tensors import check_finite, decode_tensors, digest_of, en
 
 from wearfleet_edge.local_state import LocalState, PendingResult, PersonalOrigin, encode_personal
 from wearfleet_edge.memory import release_memory
+from wearfleet_edge.policy import PlanDemands, require_demands
 from wearfleet_edge.runtime import Evaluation, Personal, Recogniser
 from wearfleet_edge.trainer import (
     personal_tensors,
@@ -68,6 +69,7 @@ class Device:
         wait: waits the given seconds and tells whether the agent stops.
         member: this device in secure aggregation; made when a task asks for it.
         secure_only: no update and no figure of this device is sent but in a secure sum.
+        demands: what a plan must fulfil.
     """
 
     keys: Mapping[str, bytes]
@@ -79,6 +81,7 @@ class Device:
     wait: Callable[[float], bool]
     member: Callable[[], Member]
     secure_only: bool = False
+    demands: PlanDemands = field(default_factory=PlanDemands)
 
 
 @dataclass(slots=True)
@@ -205,6 +208,7 @@ class FederatedWorker:
         """Fetch, check and run a task; None when the round ended meanwhile."""
         plan = self._fetch_plan(task)
         _require_match(plan, installed)
+        require_demands(self._device.demands, plan, uploads=not task.personalise)
         graphs = {p.graph: self._artifacts.fetch(p.graph, p.graph_bytes) for p in plan.phases}
         downloaded = decode_tensors(
             self._artifacts.fetch_once(task.tensors_digest, task.tensors_bytes, task.tensors),
@@ -289,7 +293,7 @@ class FederatedWorker:
             update, owed, was_reset = encoded.data, encoded.residual.to_bytes(), was_reset or lost
             names = [spec.name for spec in plan.local_specs()]
             local = encode_tensors({name: result.state[name] for name in names}) if names else b""
-        told = not task.without_figures and not self._device.secure_only
+        told = not task.without_figures and not self._device.secure_only and not plan.upload.noise
         submission = Submission(
             run_id=task.run_id,
             round_number=task.round_number,

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError
 from wearfleet_protos.plan import Phase, Plan, batches, part_of, rng_key
+from wearfleet_protos.privacy import protected, secret_generator
 from wearfleet_protos.tensors import Digest, check_finite, digest_of
 
 from wearfleet_edge.graph import inspect_graph
@@ -122,7 +123,7 @@ def start_state(plan: Plan, downloaded: Tensors, local: Tensors) -> Tensors:
 
 
 def upload_tensors(plan: Plan, before: Tensors, after: Tensors) -> Tensors:
-    """The tensors that go back, as difference to ``before`` or as value.
+    """The tensors that go back, as difference to ``before`` or as value; clipped and noised if the plan says so.
 
     Raises:
         ShapeError: a value is not finite: training diverged.
@@ -133,6 +134,8 @@ def upload_tensors(plan: Plan, before: Tensors, after: Tensors) -> Tensors:
     else:
         chosen = {name: after[name] for name in names}
     check_finite(chosen)
+    if plan.upload.clip:
+        return protected(chosen, plan.upload.clip, plan.upload.noise, secret_generator())
     return chosen
 
 

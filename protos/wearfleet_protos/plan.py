@@ -128,13 +128,23 @@ class Phase:
 class UploadSpec:
     """What goes back: tensors of these roles and groups, as difference to the start value or as value, in a codec.
 
-    Only differences can be coded with loss.
+    Only differences can be coded with loss, or protected.
+
+    Args:
+        roles: of the tensors.
+        groups: of the tensors.
+        form: difference or value.
+        codec: how they are written.
+        clip: the device shortens the update to this joint norm; 0 for as it is.
+        noise: standard deviation of what the device then adds to every coordinate, from a generator of its own.
     """
 
     roles: tuple[TensorRole, ...]
     groups: tuple[TensorGroup, ...]
     form: Literal["delta", "value"]
     codec: UpdateCodec = FLOAT32
+    clip: float = 0.0
+    noise: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +251,29 @@ def _validate(plan: Plan) -> None:
     sent = sorted(set(plan.upload_specs()) & set(plan.local_specs()), key=lambda spec: spec.name)
     if sent:
         raise ProtocolError(f"tensor {sent[0].name} is both uploaded and kept local")
+    _validate_protection(plan)
     for phase in plan.phases:
         _validate_phase(phase, known)
     budget = plan.budget
     if not (budget.seconds > 0 and budget.max_bytes > 0 and budget.min_examples >= 1):
         raise ProtocolError(f"budget must be positive, got {budget}")
+
+
+def _validate_protection(plan: Plan) -> None:
+    upload = plan.upload
+    if (
+        not 0.0 <= upload.clip < np.inf
+        or not 0.0 <= upload.noise < np.inf
+        or (upload.noise and not upload.clip)
+    ):
+        raise ProtocolError(
+            f"clip and noise must be at least 0, noise with a clip; got {upload.clip}, {upload.noise}"
+        )
+    if not upload.clip:
+        return
+    bare = [t.name for t in plan.upload_specs() if t.role in (TensorRole.NORM_STAT, TensorRole.COUNTER)]
+    if upload.form != "delta" or bare:
+        raise ProtocolError(f"only differences of parameters can be clipped, got {bare[:1] or upload.form}")
 
 
 def _validate_tensor(plan: Plan, tensor: TensorSpec, known: set[str]) -> None:
@@ -294,6 +322,7 @@ def _to_json(plan: Plan) -> dict[str, object]:
             "groups": [str(g) for g in plan.upload.groups],
             "form": plan.upload.form,
             "codec": plan.upload.codec.to_json(),
+            **({"clip": plan.upload.clip, "noise": plan.upload.noise} if plan.upload.clip else {}),
         },
         "keep_local": [str(r) for r in plan.keep_local],
         "budget": {
@@ -385,7 +414,7 @@ def _phase_from_json(value: object) -> Phase:
 
 def _plan_from_json(value: Mapping[str, Any]) -> Plan:
     row = take(value, Plan, "plan")
-    upload = take(row["upload"], UploadSpec, "upload")
+    upload = take({"clip": 0.0, "noise": 0.0, **row["upload"]}, UploadSpec, "upload")
     if upload["form"] not in ("delta", "value"):
         raise ProtocolError(f"upload form is unknown: {upload['form']!r}")
     budget = take(row["budget"], Budget, "budget")
@@ -402,6 +431,8 @@ def _plan_from_json(value: Mapping[str, Any]) -> Plan:
             groups=tuple(TensorGroup(g) for g in upload["groups"]),
             form=upload["form"],
             codec=UpdateCodec.from_json(upload["codec"]),
+            clip=float(upload["clip"]),
+            noise=float(upload["noise"]),
         ),
         keep_local=tuple(TensorRole(r) for r in row["keep_local"]),
         budget=Budget(float(budget["seconds"]), int(budget["max_bytes"]), int(budget["min_examples"])),

@@ -69,7 +69,12 @@ def build_plan(
         contract=contract,
         tensors=program.tensors,
         phases=tuple(_phase(program, phase, compiled[id(phase.step)]) for phase in program.phases),
-        upload=replace(strategy.info.upload(), codec=strategy.compression.update_codec),
+        upload=replace(
+            strategy.info.upload(),
+            codec=strategy.compression.update_codec,
+            clip=strategy.privacy.device_clip,
+            noise=strategy.privacy.device_noise,
+        ),
         keep_local=strategy.info.kept_local,
         budget=budget,
         seed=seed,

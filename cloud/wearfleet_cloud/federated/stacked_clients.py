@@ -5,7 +5,8 @@ They are the steps that the plan is compiled from, on the same windows in the sa
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.func import vmap
 from wearfleet_models.classifier import Classifier
 from wearfleet_protos.codecs import FLOAT32, Residual, UpdateFormat
 from wearfleet_protos.plan import batches, part_of, rng_key
+from wearfleet_protos.privacy import protected
 from wearfleet_protos.tensors import TensorSpec
 from wearfleet_protos.windowing import LabelledWindows
 
@@ -27,6 +29,9 @@ from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 __all__ = ["ClientRound", "Kept", "Runner", "StackedClients", "downloaded_specs"]
 
 Tensors = dict[str, Tensor]
+
+_NOISE: Final = 0x10CA
+"""Keeps the noise of clients apart from other random numbers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,6 +103,7 @@ class StackedClients:
         self.specs = self._program.tensors
         upload = strategy.info.upload()
         sent = [s for s in self.specs if s.role in upload.roles and s.group in upload.groups]
+        self._privacy = strategy.privacy
         self._format = UpdateFormat(tuple(sent), strategy.compression.update_codec, seed)
         self._sent = [s.name for s in sent]
         self._kept = [s.name for s in self.specs if s.origin == "local"]
@@ -139,12 +145,21 @@ class StackedClients:
         own = {name: state[name].cpu().numpy() for name in self._kept}
         results = []
         for row, one in enumerate(clients):
-            trained = {name: array[row] for name, array in update.items()}
+            trained = self._protected(one.name, {n: array[row] for n, array in update.items()}, round_number)
             stays = {name: array[row] for name, array in own.items()}
             sent, size, residual = self._send(one.name, trained, before[row].residual, round_number)
             numbers = sums[row], len(one.train), int(steps[row])
             results.append(ClientRound(one.name, sent, size, Kept(stays, residual), *numbers))
         return results
+
+    def _protected(self, client: str, update: Arrays, round_number: int) -> Arrays:
+        """The update with a client's own clip and noise; the noise comes from the seed, so it protects nobody."""
+        options = self._privacy
+        if not options.device_clip:
+            return update
+        key = rng_key(self._seed, round_number, _NOISE, crc32(client.encode()))
+        generator = np.random.Generator(np.random.PCG64(key))
+        return protected(update, options.device_clip, options.device_noise, generator)
 
     def _send(
         self, client: str, update: Arrays, residual: Residual, round_number: int

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from oracles.small_federation import model, splits
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.aggregate import Averaged, Contribution
-from wearfleet_cloud.federated.privacy.central import ClippedMean, clipped, fold, joint_norm, next_clip
+from wearfleet_cloud.federated.privacy.central import ClippedMean, fold, next_clip
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.simulate import Population, Simulation, simulate
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 from wearfleet_cloud.federated.stacked_clients import StackedClients
 from wearfleet_protos.errors import AggregationError, ConfigError
+from wearfleet_protos.privacy import clipped, joint_norm
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
 SHAPES = {"a": (30, 40), "b": (7,)}
@@ -209,7 +210,7 @@ def test_the_strategys_own_state_goes_on_beside_that_of_privacy() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dp": "both"}, "off or central"),
+        ({"dp": "both"}, "off, central, local"),
         ({"dp": "central"}, "expected_cohort"),
         ({"dp": "central", "expected_cohort": 4, "clip": "inf"}, "finite clip"),
         ({"dp": "central", "expected_cohort": 4, "clip": -1}, "above 0"),

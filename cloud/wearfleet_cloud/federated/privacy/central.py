@@ -6,12 +6,11 @@ fixed beforehand; a count of those who came would depend on them. Weights by exa
 
 Source: McMahan et al. 2018, arXiv:1710.06963, algorithm 1 (fixed denominator); Andrew et al. 2021, arXiv:1905.03871,
 algorithm 1 (adaptive clip); specs/federated.md section 18.
-Differs: the noise is drawn as floating-point numbers, whose gaps are no secret (Mironov 2012); who needs a guarantee
-against a reader of the last bits takes secure aggregation with discrete noise.
+Differs: the noise is drawn as floating-point numbers, whose gaps are no secret (Mironov 2012): epsilon holds for a
+reader who does not exploit the last bits.
 """
 
 import math
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from wearfleet_protos.errors import AggregationError, ConfigError
 from wearfleet_protos.plan import UploadSpec
+from wearfleet_protos.privacy import clipped, joint_norm, secret_generator
 from wearfleet_protos.tensors import TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, Mean, weighted_mean
@@ -28,15 +28,13 @@ from wearfleet_cloud.federated.privacy.accounting import require_library
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.robust.fold import fold_robustly
 
-__all__ = ["ClippedMean", "check_private", "check_upload", "clipped", "fold", "joint_norm", "next_clip"]
+__all__ = ["ClippedMean", "check_private", "check_upload", "fold", "next_clip"]
 
 _CLIP: Final = "privacy/clip"
 _ROUNDS: Final = "privacy/rounds"
 _QUANTILE: Final = 0.5
 _CLIP_RATE: Final = 0.2
 """gamma and eta_C of Andrew et al., section 3."""
-_SAFE: Final = 1.0 - 2.0**-22
-"""Rounding of clipped values to float32, by at most 2^-24 each, must not carry them over the clip."""
 
 
 def fold(
@@ -64,9 +62,11 @@ def fold(
         AggregationError: as ``Strategy.server``.
     """
     options = strategy.privacy
+    if options.dp == "local":  # devices keep their numbers of windows to themselves
+        strategy = strategy.averaged_by(replace(strategy.averaging, weighting="uniform"))
     if options.dp != "central":
         return fold_robustly(strategy, specs, current, state, contributions)
-    source = np.random.Generator(np.random.PCG64(secrets.randbits(256))) if generator is None else generator
+    source = secret_generator() if generator is None else generator
     clip = float(state.get(_CLIP, np.float64(options.clip)))
     mechanism = ClippedMean("uniform", options=options, clip=clip, generator=source)
     own = {name: array for name, array in state.items() if name not in (_CLIP, _ROUNDS)}
@@ -133,27 +133,6 @@ class ClippedMean(Averaging):
         return scaled + self.generator.normal(0.0, deviation, value.shape) if deviation else scaled
 
 
-def joint_norm(update: Arrays) -> float:
-    """Euclidean norm over all tensors together, in float64."""
-    return math.sqrt(sum(float(np.vdot(a, a)) for a in (np.asarray(v, np.float64) for v in update.values())))
-
-
-def clipped(update: Arrays, norm: float, clip: float) -> Arrays:
-    """The update times min(1, C / norm), in its types; one that fits is left as it is, a zero one too.
-
-    Args:
-        update: of a client.
-        norm: its joint norm.
-        clip: C.
-    """
-    if norm <= clip:
-        return update
-    factor = clip / norm * _SAFE
-    return {
-        name: np.asarray(np.asarray(v, np.float64) * factor).astype(v.dtype) for name, v in update.items()
-    }
-
-
 def next_clip(clip: float, fits: Sequence[bool], noise: float, expected_cohort: int) -> float:
     """C exp(-eta (b - gamma)), b the noised share of updates that were *not* clipped.
 
@@ -177,11 +156,10 @@ def check_private(strategy: Strategy, specs: Sequence[TensorSpec]) -> None:
         specs: of its client program, or of its plan.
 
     Raises:
-        ConfigError: as :func:`check_upload`, when privacy is central; or the library for accounting is missing.
+        ConfigError: as :func:`check_upload`; or the library for accounting is missing.
     """
     if strategy.privacy.dp != "off":
         require_library()
-    if strategy.privacy.dp == "central":
         check_upload(specs, strategy.info.upload())
 
 
@@ -199,8 +177,8 @@ def check_upload(specs: Sequence[TensorSpec], upload: UploadSpec) -> None:
     for spec in sent:
         if spec.role in kept:
             raise ConfigError(
-                f"dp=central cannot protect {kept[spec.role]}, and {spec.name} is uploaded; take fedbn, which keeps "
-                "them on the device, or a backbone without batch normalisation (cnn-plain, transformer)"
+                f"clip and noise cannot protect {kept[spec.role]}, and {spec.name} is uploaded; take fedbn, which "
+                "keeps them on the device, or a backbone without batch normalisation (cnn-plain, transformer)"
             )
     if not sent:
-        raise ConfigError("dp=central protects updates, and this strategy uploads nothing")
+        raise ConfigError("clip and noise protect updates, and this strategy uploads nothing")

@@ -8,7 +8,7 @@ from wearfleet_protos.errors import ConfigError
 
 __all__ = ["PrivacyOptions"]
 
-_PLACES: Final = ("off", "central")
+_PLACES: Final = ("off", "central", "local")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +16,10 @@ class PrivacyOptions:
     """Differential privacy of a run; ``dp=off`` leaves everything as it is.
 
     Args:
-        dp: ``off``, or ``central`` (the server clips every client's difference and adds noise to their sum).
-        noise_multiplier: z, standard deviation of the noise in units of the clip; 0 for none.
+        dp: ``off``; ``central`` (the server clips every client's difference and adds noise to their sum); or ``local``
+            (every device clips and noises its own difference before it sends it).
+        noise_multiplier: z, standard deviation of the noise over what one client can change: the clip in a sum, twice
+            the clip where a device's own update is replaced by another; 0 for none.
         clip: C, largest norm of a client's difference over all uploaded parameters together; above 0, may be inf.
         adaptive_clip: ``on`` moves C towards the median norm of the differences, beginning with ``clip``.
         expected_cohort: the fixed denominator: how many updates a round is expected to have.
@@ -41,7 +43,7 @@ class PrivacyOptions:
 
     def __post_init__(self) -> None:
         if self.dp not in _PLACES:
-            raise ConfigError(f"dp must be {' or '.join(_PLACES)}, got {self.dp!r}")
+            raise ConfigError(f"dp must be {', '.join(_PLACES)}, got {self.dp!r}")
         if self.adaptive_clip not in ("on", "off"):
             raise ConfigError(f"adaptive_clip must be on or off, got {self.adaptive_clip!r}")
         if not 0.0 <= self.noise_multiplier < math.inf:
@@ -53,11 +55,23 @@ class PrivacyOptions:
             )
         if self.dp == "central":
             self._check_central()
+        if self.dp == "local" and (math.isinf(self.clip) or self.adaptive_clip == "on"):
+            raise ConfigError("dp=local needs a fixed, finite clip; set clip and leave adaptive_clip off")
 
     @property
     def addition(self) -> str:
         """Its name in ``StrategyInfo.composes_with``; empty when it is off."""
-        return "central_dp" if self.dp == "central" else ""
+        return {"central": "central_dp", "local": "local_dp"}.get(self.dp, "")
+
+    @property
+    def device_clip(self) -> float:
+        """To what norm devices clip; 0 where they do not."""
+        return self.clip if self.dp == "local" else 0.0
+
+    @property
+    def device_noise(self) -> float:
+        """Standard deviation of a device's own noise."""
+        return 2.0 * self.clip * self.noise_multiplier if self.dp == "local" else 0.0
 
     @property
     def bit_noise(self) -> float:
