@@ -32,7 +32,7 @@ from wearfleet_cloud.service.serve import Service
 from wearfleet_cloud.service.state import State, open_state
 from wearfleet_cloud.storage.run_records import find_run
 from wearfleet_protos.chunks import CHUNK_BYTES, crc32c
-from wearfleet_protos.codecs import FLOAT32, UpdateCodec
+from wearfleet_protos.codecs import FLOAT32, PARAMETERS, UpdateCodec
 from wearfleet_protos.manifest import MODEL_INPUT, MODEL_OUTPUTS, ModelManifest, metadata_of
 from wearfleet_protos.messages import ClockQuality, Header, Prediction, SensorWindow
 from wearfleet_protos.plan import (
@@ -458,6 +458,12 @@ def named_model(version: int) -> tuple[bytes, ModelManifest]:
     return data, ModelManifest(digest=digest_of(data), size_bytes=len(data), **values)
 
 
+def codec_options(codec: UpdateCodec) -> dict[str, object]:
+    """The options of a run that choose a codec."""
+    own = {f"codec_{name}": getattr(codec, name) for name in PARAMETERS[codec.name]}
+    return {"codec": codec.name, **own}
+
+
 def begin_run(
     settings: Settings,
     shapes: Mapping[str, tuple[int, ...]],
@@ -483,6 +489,7 @@ def begin_run(
                 rounds=rounds,
                 cohort=CohortPolicy(0, min_clients),
                 policy=RoundPolicy(quorum=quorum, deadline_s=deadline_s),
+                options=codec_options(codec),
                 personalise=personalise,
             ),
             now_ns=time.time_ns(),

@@ -18,6 +18,7 @@ from service_harness import (
 )
 from wearfleet_cloud.service.state import open_state
 from wearfleet_protos.codecs import Residual, UpdateCodec
+from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.tensors import digest_of, encode_tensors
 from wearfleet_protos.v1 import federation_pb2
 
@@ -127,3 +128,11 @@ async def test_a_service_that_was_stopped_decodes_from_its_disk(tmp_path):
     update_format = echo_plan(SHAPES, codec).update_format()
     wanted = (update_format.decode(first)["w"].astype(np.float64) + update_format.decode(second)["w"]) / 2
     np.testing.assert_allclose(found["w"], wanted, rtol=2.0**-23, atol=0)
+
+
+def test_a_plan_with_another_codec_than_the_options_say_is_not_started(tmp_path, monkeypatch):
+    settings = service_settings(tmp_path)
+    open_state(settings).database.close()
+    monkeypatch.setattr("service_harness.codec_options", lambda _: {"codec": "int8"})
+    with pytest.raises(ConfigError, match="--set codec"):
+        begin_run(settings, SHAPES, rounds=1, min_clients=1, codec=CODECS["topk"])

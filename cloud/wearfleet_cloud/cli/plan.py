@@ -151,7 +151,8 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "plan_bytes": len(plan.to_bytes()),
         "graph_bytes": sum({p.graph: p.graph_bytes for p in plan.phases}.values()),
         "download_bytes": sum(s.size_bytes for s in plan.download_specs()),
-        "upload_bytes": sum(s.size_bytes for s in plan.upload_specs()),
+        "upload_codec": plan.upload.codec.to_json(),
+        "upload_bytes": plan.update_format().most_bytes(1),
         "keep_local": [str(role) for role in plan.keep_local],
         "kept_bytes": sum(s.size_bytes for s in plan.local_specs()),
         "phases": [
@@ -185,5 +186,6 @@ def _print(summary: dict[str, Any], as_json: bool) -> None:
     Console().print(table)
     Console().print(
         f"down {summary['download_bytes']} bytes of tensors and {summary['graph_bytes']} of graphs, "
-        f"up {summary['upload_bytes']}; {summary['kept_bytes']} bytes stay on the device"
+        f"up {summary['upload_bytes']} in codec {summary['upload_codec']}; "
+        f"{summary['kept_bytes']} bytes stay on the device"
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from wearfleet_protos.errors import IntegrityError
+from wearfleet_protos.errors import ConfigError, IntegrityError
 from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
 from wearfleet_protos.tensors import (
     Digest,
@@ -21,6 +21,7 @@ from wearfleet_protos.tensors import (
 )
 
 from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.cohort import policies_of
 from wearfleet_cloud.federated.privacy.central import check_private
 from wearfleet_cloud.fleet.registry import ONNX_MEDIA_TYPE
@@ -97,9 +98,11 @@ def start_run(
         IntegrityError: a graph is missing or is not what the plan says.
         ShapeError: the start values do not fit the plan, or are not finite.
         ConfigError: the strategy does not know an option, its privacy cannot protect what the plan uploads, it has
-            buffers instead of the cohort that was chosen, or cohorts are too small or large for secure aggregation.
+            buffers instead of the cohort that was chosen, cohorts are too small or large for secure aggregation, or
+            the plan was built with another codec of updates than the options say.
     """
     strategy = create_strategy(plan.strategy, settings.options)
+    _check_codec(strategy, plan)
     check_private(strategy, plan.tensors)
     cohort, policy = policies_of(strategy.buffering, settings.cohort, settings.policy)
     cohort, policy = strategy.secure.policies(cohort, policy)
@@ -119,6 +122,16 @@ def start_run(
         insert_run(connection, row)
         append_audit(connection, now_ns, "federation.start", run_id, f"plan {plan_digest}")
     return run_id
+
+
+def _check_codec(strategy: Strategy, plan: Plan) -> None:
+    """What the options may be combined with was checked with their codec, so it must be the plan's."""
+    chosen, built = strategy.compression.update_codec, plan.upload.codec
+    if chosen != built:
+        raise ConfigError(
+            f"the options say codec {chosen.to_json()}, the plan was built with {built.to_json()}; give the same "
+            "--set codec=... here and where the plan was built"
+        )
 
 
 def _check_graphs(plan: Plan, graphs: Mapping[Digest, bytes]) -> None:

@@ -49,6 +49,7 @@ def test_a_saved_plan_is_shown_and_verified(folder: Path) -> None:
     assert [p["name"] for p in shown["phases"]] == ["evaluate_before", "train", "evaluate_after"]
     assert 0 < shown["upload_bytes"] < shown["download_bytes"]
     assert 0 < shown["kept_bytes"] < shown["download_bytes"]
+    assert shown["upload_codec"] == "float32"
     verified = json.loads(call("plan", "verify", str(folder), "--json"))
     assert verified["valid"] is True
     assert verified["phases"][1]["operators"]["ConvTranspose"] == 1
