@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+from wearfleet_protos.codecs import Residual, UpdateCodec, UpdateFormat
 from wearfleet_protos.manifest import ModelManifest
 from wearfleet_protos.messages import (
     ClockQuality,
@@ -104,3 +107,37 @@ MANIFEST = ModelManifest(
     created_ns=1_700_000_000_000_000_000,
     simulated=True,
 )
+
+CODECS = {
+    "fp16": UpdateCodec("fp16"),
+    "bf16": UpdateCodec("bf16"),
+    "int8": UpdateCodec("int8"),
+    "int4": UpdateCodec("int4"),
+    "topk": UpdateCodec("topk", fraction=0.05, warmup_rounds=2),
+    "randk": UpdateCodec("randk", fraction=0.05),
+    "sign": UpdateCodec("sign"),
+    "powersgd": UpdateCodec("powersgd", rank=1),
+}
+UPDATE_SPECS = (
+    TensorSpec("b", "float32", (3,), TensorRole.SHARED, TensorGroup.PARAM),
+    TensorSpec("n", "int64", (), TensorRole.COUNTER, TensorGroup.BUFFER),
+    TensorSpec("w", "float32", (20, 16), TensorRole.SHARED, TensorGroup.PARAM),
+)
+UPDATE = {
+    "b": np.array([1.5, -2.0, 0.25], np.float32),
+    "n": np.array(7, np.int64),
+    "w": np.outer(np.arange(20) - 9, np.arange(16) - 4).astype(np.float32) / 1024,
+}
+"""An update whose matrix has rank 1."""
+
+
+def plan_with(codec: str) -> Plan:
+    return replace(PLAN, upload=replace(PLAN.upload, codec=CODECS[codec]))
+
+
+def update_format(codec: str) -> UpdateFormat:
+    return UpdateFormat(UPDATE_SPECS, CODECS[codec], 11)
+
+
+def encoded_update(codec: str) -> bytes:
+    return update_format(codec).encode(UPDATE, Residual(), round_number=2, client="attempt-1").data
