@@ -132,7 +132,7 @@ class FedAP(MixtureStrategy):
         """From the first one with a reference, else after the rounds of FedBN."""
         return self.weight_source == "pretrained" or aggregation >= self.warmup_rounds
 
-    def renews(self, aggregation: int) -> bool:
+    def renews(self, feature: str, aggregation: int) -> bool:  # noqa: ARG002 - all together
         """Never with a reference; else until the first mixture, and if dynamic, again from time to time."""
         if self.weight_source == "pretrained":
             return False

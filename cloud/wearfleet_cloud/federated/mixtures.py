@@ -85,8 +85,8 @@ class MixtureStrategy(AveragingStrategy, ABC):
         """Whether clients receive mixtures after this aggregation, which counts from 1."""
         return True
 
-    def renews(self, aggregation: int) -> bool:  # noqa: ARG002 - others keep them
-        """Whether clients whose features are known take the new ones at this aggregation."""
+    def renews(self, feature: str, aggregation: int) -> bool:  # noqa: ARG002 - others keep them
+        """Whether clients whose features are known take a new one at this aggregation."""
         return True
 
     def received(self, client: str, current: Arrays, state: Arrays) -> Arrays:
@@ -152,8 +152,8 @@ class MixtureStrategy(AveragingStrategy, ABC):
             start: dict[str, Array] = {**current, **models.own_of(part.client)}
             for name in last:
                 last[name][row] = start[name] + update[name]
-            if part.client not in known or self.renews(after.aggregations):
-                for name in features:
+            for name in features:
+                if part.client not in known or self.renews(name, after.aggregations):
                     features[name][row] = update[name]
             after.examples[row], after.seen[row] = part.num_examples, after.aggregations
         return replace(after, last=last, features=features)

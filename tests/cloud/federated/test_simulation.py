@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "fedbuff": {"buffer_size": 2, "concurrency": 3},
     "fedap": {"warmup_rounds": 1, "weighting": "examples"},
     "fedclip": {"target": "class_soft"},
+    "fedhealth2": {"weight_source": "warmup", "warmup_rounds": 1, "personalise": "coral_finetune"},
     "fednova": {"mu": 0.1, "epochs": 2},
     "fedrep": {"head_epochs": 2},
     "ditto": {"pull": 0.3},
