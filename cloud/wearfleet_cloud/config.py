@@ -112,10 +112,16 @@ class FederationConfig:
     Args:
         recent_s: a device that polled within this time can be invited.
         max_update_bytes: largest update that a device may upload.
+        gateway_lease_s: a gateway at work that is silent for half as long again is lost to its round.
+        phone_lease_s: the same for a phone.
+        wearable_lease_s: the same for a wearable.
     """
 
     recent_s: float
     max_update_bytes: int
+    gateway_lease_s: float
+    phone_lease_s: float
+    wearable_lease_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +171,9 @@ class _Ingest(_Section):
 class _Federation(_Section):
     recent_s: float = Field(default=90.0, gt=0.0)
     max_update_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
+    gateway_lease_s: float = Field(default=60.0, gt=0.0)
+    phone_lease_s: float = Field(default=900.0, gt=0.0)
+    wearable_lease_s: float = Field(default=86_400.0, gt=0.0)
 
 
 class _Raw(BaseSettings):

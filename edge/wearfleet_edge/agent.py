@@ -117,7 +117,7 @@ class Agent:
         self._outbox = self._make_outbox(boot)
         self._active = ActiveModel()
         self._local = LocalState(state)
-        self._cloud = RpcCloud.of_device(state, enrolment)
+        self._cloud = RpcCloud.of_device(state, enrolment, options.config.federation.device_class)
         self._scores = Scores(self._active, self._wearer)
         self._streamer = self._make_streamer()
         self._link = self._make_link(enrolment)

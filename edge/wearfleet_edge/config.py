@@ -83,6 +83,7 @@ class FederationConfig:
     Args:
         enabled: ask for tasks at all.
         poll_seconds: how long one question may wait at the server, at most 60.
+        device_class: gateway, phone or wearable; says how long it may be silent while it works.
         holdout_fraction: later share of each activity that is only ever used to measure.
         max_memory_mb: resident memory above which a plan is stopped.
         max_seconds: longest computation of one task, whatever its plan allows.
@@ -95,6 +96,7 @@ class FederationConfig:
 
     enabled: bool = True
     poll_seconds: float = 20.0
+    device_class: str = "wearable"
     holdout_fraction: float = 0.5
     max_memory_mb: float = 512.0
     max_seconds: float = 3600.0
@@ -107,6 +109,10 @@ class FederationConfig:
     def __post_init__(self) -> None:
         _check(
             0 <= self.poll_seconds <= 60, f"federation.poll_seconds must be 0 to 60, got {self.poll_seconds}"
+        )
+        _check(
+            self.device_class in ("gateway", "phone", "wearable"),
+            f"federation.device_class must be gateway, phone or wearable, got {self.device_class!r}",
         )
         _check(0 < self.holdout_fraction < 1, "federation.holdout_fraction must be between 0 and 1")
         _check(

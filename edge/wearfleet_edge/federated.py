@@ -25,6 +25,7 @@ from wearfleet_protos.tensors import check_finite, decode_tensors, digest_of, en
 from wearfleet_edge.local_state import LocalState, PendingResult, PersonalOrigin, encode_personal
 from wearfleet_edge.memory import release_memory
 from wearfleet_edge.policy import PlanDemands, require_demands
+from wearfleet_edge.pulse import Pulse
 from wearfleet_edge.runtime import Evaluation, Personal, Recogniser
 from wearfleet_edge.trainer import (
     personal_tensors,
@@ -222,14 +223,21 @@ class FederatedWorker:
         self._join(task, plan)
         before = start_state(plan, downloaded, local)
         self._cloud.report_stage(task, Stage.TRAINING)
-        result = run_plan(
-            plan,
-            graphs,
-            before,
-            self._device.data(plan.contract),
-            round_number=task.round_number,
-            limits=self._device.limits(task.remaining_seconds),
-        )
+        pulse = Pulse(self._cloud, task, self._device.limits(task.remaining_seconds))
+        try:
+            result = run_plan(
+                plan,
+                graphs,
+                before,
+                self._device.data(plan.contract),
+                round_number=task.round_number,
+                limits=pulse.limits(),
+            )
+        except DeniedError:
+            if not pulse.unwanted:
+                raise
+            _LOG.info("round %d of %s is over without this device", task.round_number, task.run_id)
+            return None
         self.progress.train_seconds += result.seconds
         return self._result(task, plan, before, result, was_reset=was_reset, installed=installed)
 

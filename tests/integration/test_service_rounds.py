@@ -17,6 +17,7 @@ from service_harness import (
     service_settings,
     until,
 )
+from wearfleet_cloud.federated.round import Round
 from wearfleet_cloud.service.run_context import RunSettings
 from wearfleet_cloud.service.run_setup import start_run
 from wearfleet_cloud.service.state import open_state
@@ -358,3 +359,39 @@ async def test_a_strategy_that_fails_in_an_unforeseen_way_ends_the_round_and_not
     assert first.state == "skipped"
     assert "internal error" in first.snapshot["reason"]
     state.database.close()
+
+
+async def test_a_silent_device_loses_its_place_to_another_one_and_takes_part_again_when_it_comes_back(
+    tmp_path,
+):
+    settings = service_settings(tmp_path, federation={"wearable_lease_s": 0.6})
+    async with running_service(settings) as service:
+        anna, ben, cleo = [await enrolled_device(service, name) for name in ("anna", "ben", "cleo")]
+        run_id = await asyncio.to_thread(begin_run, settings, SHAPES, rounds=1, min_clients=2, quorum=3)
+        tasks = await asyncio.gather(anna.task(), ben.task())
+
+        async def busy() -> None:
+            while await ben.report(tasks[1]):  # noqa: ASYNC110 - a device at work
+                await asyncio.sleep(0.1)
+
+        working = asyncio.create_task(busy())
+        third = await cleo.task()  # anna says nothing for 0.9 s
+        assert third.round == 1
+        state = open_state(settings)
+
+        def stored() -> Round:
+            with state.database.read() as connection:
+                return Round.from_dict(list_rounds(connection, run_id)[0].snapshot)
+
+        assert stored().lost == (anna.device_id,)
+        assert await anna.report(tasks[0])
+        assert stored().lost == ()
+        for device, task in ((anna, tasks[0]), (cleo, third), (ben, tasks[1])):
+            receipt = await device.answer(task, 1.0)
+            assert receipt.status == federation_pb2.RECEIPT_STATUS_ACCEPTED
+        await until(lambda: stored().state == "published")
+        assert len(stored().receipts) == 3
+        state.database.close()
+        await working
+        for device in (anna, ben, cleo):
+            await device.close()

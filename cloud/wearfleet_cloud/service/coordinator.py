@@ -44,6 +44,7 @@ from wearfleet_cloud.federated.round_events import (
 from wearfleet_cloud.fleet.signing import SigningKeys
 from wearfleet_cloud.service.directory import Directory
 from wearfleet_cloud.service.folding import Folded, Folding
+from wearfleet_cloud.service.leases import DeviceClass, Leases
 from wearfleet_cloud.service.live import FinishedRound, LiveState
 from wearfleet_cloud.service.metrics import Metrics
 from wearfleet_cloud.service.privacy_budget import PrivacyBudget
@@ -113,6 +114,13 @@ class Coordinator:
         self.keeper: RoundKeeper | None = None
         self.lock = asyncio.Lock()
         self.room = WaitingRoom(parts.config.recent_s)
+        self.leases = Leases(
+            {
+                DeviceClass.GATEWAY: parts.config.gateway_lease_s,
+                DeviceClass.PHONE: parts.config.phone_lease_s,
+                DeviceClass.WEARABLE: parts.config.wearable_lease_s,
+            }
+        )
         self.stopping = False
         self._parts = parts
         self.secure = SecureRounds(parts.verifier, parts.updates, self._leave_out)
@@ -151,6 +159,30 @@ class Coordinator:
             for device_id in self._parts.directory.revoked:
                 if self.keeper is not None and self.keeper.open_for(device_id):
                     await self.happen(ClientDeclined(device_id, "revoked"))
+
+    async def give_up_lost(self) -> None:
+        """Give the places of devices whose lease has run out to others.
+
+        A personalisation waits for everybody, and secure aggregation has deadlines of its own for each stage.
+        """
+        keeper = self.keeper
+        if keeper is None or keeper.kind != "train" or keeper.round.state != RoundState.RUNNING:
+            return
+        if self.run is not None and self.run.secure:
+            return
+        if not self.leases.lost(keeper.round.at_work):
+            return
+        async with self.lock:
+            if keeper is not self.keeper or keeper.round.state != RoundState.RUNNING:
+                return
+            lost = self.leases.lost(keeper.round.at_work)
+            assert self.run is not None
+            self._budget.begin()
+            slots = keeper.round.free_slots + len(lost)
+            others = substitutes(keeper.round, self._connected(), self.run.settings.seed, slots)
+            if lost:
+                _LOGGER.info("round %d goes on without %s", keeper.round.number, ", ".join(lost))
+                await self.happen(SlotsGivenAway(lost, others))
 
     async def choose_clients(self) -> None:
         """Choose the clients of a planned round if enough are there now, or those for free slots of a running one."""
@@ -350,6 +382,8 @@ class Coordinator:
         for effect in effects:
             match effect:
                 case InviteClients():
+                    for client in effect.clients:
+                        self.leases.renew(client)
                     if self.run is not None:
                         self.secure.open(self.run, keeper)
                     self.room.wake(effect.clients)
@@ -465,6 +499,7 @@ class Coordinator:
         task = asyncio.create_task(_logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # when it was cancelled before it began
 
 
 def _wants_clients(keeper: RoundKeeper) -> bool:

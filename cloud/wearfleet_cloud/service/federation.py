@@ -14,12 +14,14 @@ from wearfleet_cloud.federated.round_events import (
     Answer,
     AnswerStatus,
     ClientDeclined,
+    ClientReturned,
     TaskFetched,
     UpdateRejected,
     UpdateSubmitted,
 )
 from wearfleet_cloud.service.coordinator import Coordinator, FederationParts
 from wearfleet_cloud.service.downlinks import Downlinks
+from wearfleet_cloud.service.leases import DeviceClass
 from wearfleet_cloud.service.live import Stage
 from wearfleet_cloud.service.round_keeper import RoundKeeper
 from wearfleet_cloud.service.run_context import Task, attempt_id_for
@@ -42,8 +44,9 @@ class Federation:
         self._parts, self._coordinator = parts, coordinator
         self._downlinks = Downlinks(parts.blobs, parts.on_tensors)
 
-    async def poll(self, device_id: str, wait_s: float) -> Task | None:
+    async def poll(self, device_id: str, wait_s: float, kind: DeviceClass | None = None) -> Task | None:
         """A task for this device, at once or within ``wait_s``; None when there is none."""
+        self._coordinator.leases.renew(device_id, kind)
         until = time.monotonic() + wait_s
         self._coordinator.room.note(device_id)
         while True:
@@ -57,11 +60,25 @@ class Federation:
             await self._note_fetched(device_id, task)
         return task
 
-    def report(self, device_id: str, run_id: str, round_number: int, stage: Stage) -> bool:
-        """Note how far a device is; False when its work is not wanted any more."""
+    def alive(self, device_id: str) -> None:
+        """A device gives a sign of life."""
+        self._coordinator.leases.renew(device_id)
+
+    async def report(self, device_id: str, run_id: str, round_number: int, stage: Stage) -> bool:
+        """Note how far a device is; False when its work is not wanted any more. Who was lost is back.
+
+        Raises:
+            TransportError: the database is busy or away; nothing has changed.
+        """
+        self.alive(device_id)
         keeper = self._keeper_of(device_id, run_id, round_number)
         if keeper is None or not keeper.open_for(device_id):
             return False
+        if device_id in keeper.round.lost:
+            async with self._coordinator.lock:
+                if keeper is not self._coordinator.keeper or not keeper.open_for(device_id):
+                    return False
+                await self._coordinator.happen(ClientReturned(device_id))
         keeper.stages[device_id] = stage
         self._coordinator.show()
         return True
@@ -113,6 +130,7 @@ class Federation:
             NotFoundError: the update was not uploaded.
             ConflictError: another update of this device was accepted before.
         """
+        self.alive(submission.device_id)
         keeper = self._keeper_of(submission.device_id, submission.run_id, submission.round)
         if keeper is None:
             return await self._late(submission)
@@ -202,6 +220,7 @@ class Federation:
             plan_bytes=run.plan_bytes,
             tensors_digest=base,
             tensors_bytes=self._parts.blobs.size(base),
+            lease_s=self._coordinator.leases.seconds(device_id),
             deadline=time.time() + current.policy.deadline_s if current.policy.buffered else current.deadline,
             secure=self._coordinator.secure.parameters_of(keeper) if keeper.kind == "train" else None,
             without_figures=run.secure,

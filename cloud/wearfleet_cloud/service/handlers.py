@@ -138,6 +138,7 @@ class Artifacts:
     ) -> ArtifactState:
         with upload:
             async for chunk in chunks:
+                self._federation.alive(device_id)
                 _check_chunk(chunk)
                 upload.append(chunk.offset, chunk.data)
                 if upload.full and not upload.complete:

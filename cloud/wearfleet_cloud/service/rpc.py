@@ -226,7 +226,7 @@ class RpcServer:
         stage = _STAGES.get(request.stage)
         if stage is None:
             raise ProtocolError(f"unknown stage {request.stage}")
-        wanted = self._parts.federation.report(device_id, request.run_id, request.round, stage)
+        wanted = await self._parts.federation.report(device_id, request.run_id, request.round, stage)
         return federation_pb2.ReportStageResponse(wanted=wanted)
 
     async def _decline(

@@ -10,10 +10,11 @@ from wearfleet_protos.v1 import federation_pb2, secagg_pb2
 
 from wearfleet_cloud.federated.round_events import Answer, AnswerStatus
 from wearfleet_cloud.service.handlers import check_metrics
+from wearfleet_cloud.service.leases import DeviceClass
 from wearfleet_cloud.service.run_context import Task
 from wearfleet_cloud.storage.run_records import Submission
 
-__all__ = ["fill_task", "receipt_of", "submission_of", "wait_of"]
+__all__ = ["class_of", "fill_task", "receipt_of", "submission_of", "wait_of"]
 
 _LONGEST_WAIT_S: Final = 60.0
 _RECEIPTS: Final = {
@@ -22,6 +23,11 @@ _RECEIPTS: Final = {
     AnswerStatus.STALE: federation_pb2.RECEIPT_STATUS_STALE,
     AnswerStatus.REJECTED: federation_pb2.RECEIPT_STATUS_REJECTED,
     AnswerStatus.DENIED: federation_pb2.RECEIPT_STATUS_REJECTED,
+}
+_CLASSES: Final = {
+    federation_pb2.DEVICE_CLASS_GATEWAY: DeviceClass.GATEWAY,
+    federation_pb2.DEVICE_CLASS_PHONE: DeviceClass.PHONE,
+    federation_pb2.DEVICE_CLASS_WEARABLE: DeviceClass.WEARABLE,
 }
 _KINDS: Final = {
     "train": federation_pb2.TASK_KIND_TRAIN,
@@ -35,6 +41,11 @@ def wait_of(request: federation_pb2.PollTaskRequest | secagg_pb2.SecureRequest) 
     return min(max(wait_s, 0.0), _LONGEST_WAIT_S)
 
 
+def class_of(request: federation_pb2.PollTaskRequest) -> DeviceClass | None:
+    """What a device says it is; None when it does not, or says what this version does not know."""
+    return _CLASSES.get(request.device_class)
+
+
 def fill_task(message: federation_pb2.FederatedTask, task: Task) -> None:
     """Write a task, but not its tensors, into a message."""
     message.run_id, message.round, message.attempt_id = task.run_id, task.round, task.attempt_id
@@ -46,6 +57,7 @@ def fill_task(message: federation_pb2.FederatedTask, task: Task) -> None:
         message.secure.CopyFrom(setup_to_pb(task.secure))
     message.without_figures = task.without_figures
     message.deadline_unix_ns = int(task.deadline * 1e9)
+    message.lease_seconds = task.lease_s
     message.remaining_seconds = max(0.0, task.deadline - time.time())
 
 

@@ -109,6 +109,7 @@ class Task:
     tensors_digest: Digest
     tensors_bytes: int
     deadline: float
+    lease_s: float = 0.0
     secure: SecureParameters | None = None
     without_figures: bool = False
 
@@ -133,5 +134,10 @@ def load_run(row: RunRow, blobs: Blobs, keys: SigningKeys) -> ActiveRun:
     strategy = create_strategy(row.strategy, settings.options)
     masked = UpdateFormat((words_spec(size_of(plan.upload_specs())),), FLOAT32, plan.seed)
     return ActiveRun(
-        row, settings, plan, len(document), strategy, masked if strategy.secure.addition else plan.update_format()
+        row,
+        settings,
+        plan,
+        len(document),
+        strategy,
+        masked if strategy.secure.addition else plan.update_format(),
     )

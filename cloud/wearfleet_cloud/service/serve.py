@@ -182,6 +182,7 @@ class Service:
                     for device_id in directory.revoked:
                         self.live.on_removed(device_id)
                     await coordinator.refresh()
+                await coordinator.give_up_lost()
             except WearfleetError as error:
                 _LOGGER.warning("changes not read: %s", error)
 

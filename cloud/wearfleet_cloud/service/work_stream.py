@@ -17,7 +17,7 @@ from wearfleet_protos.v1 import federation_pb2, secagg_pb2
 
 from wearfleet_cloud.service.federation import Federation
 from wearfleet_cloud.service.handlers import Artifacts
-from wearfleet_cloud.service.rpc_messages import fill_task, receipt_of, submission_of, wait_of
+from wearfleet_cloud.service.rpc_messages import class_of, fill_task, receipt_of, submission_of, wait_of
 
 __all__ = ["Pipe", "Turns", "WorkStreams"]
 
@@ -81,7 +81,7 @@ class WorkStreams:
                 )
 
     async def _poll(self, pipe: Pipe, request: federation_pb2.PollTaskRequest) -> None:
-        task = await self.federation.poll(pipe.device, wait_of(request))
+        task = await self.federation.poll(pipe.device, wait_of(request), class_of(request))
         if task is None:
             empty = federation_pb2.PollTaskResponse()
             await pipe.write(federation_pb2.WorkResponse(poll=empty).SerializeToString())

@@ -60,6 +60,7 @@ class Task:
 
     ``tensors`` are the bytes of ``tensors_digest``, not checked yet, when they came with the task; otherwise empty.
     With ``secure`` the update goes back masked; with ``without_figures`` no metrics, counts or times go with it.
+    Who is silent for longer than ``lease_s`` while it works may lose its place; 0 for no limit.
     """
 
     run_id: str
@@ -74,6 +75,7 @@ class Task:
     tensors: bytes | bytearray = b""
     secure: SecureParameters | None = None
     without_figures: bool = False
+    lease_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

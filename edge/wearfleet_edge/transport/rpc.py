@@ -107,6 +107,11 @@ _STAGES: Final = {
     Stage.TRAINING: federation_pb2.TASK_STAGE_TRAINING,
     Stage.UPLOADING: federation_pb2.TASK_STAGE_UPLOADING,
 }
+_CLASSES: Final = {
+    "gateway": federation_pb2.DEVICE_CLASS_GATEWAY,
+    "phone": federation_pb2.DEVICE_CLASS_PHONE,
+    "wearable": federation_pb2.DEVICE_CLASS_WEARABLE,
+}
 _RECEIPTS: Final = {
     federation_pb2.RECEIPT_STATUS_ACCEPTED: ReceiptStatus.ACCEPTED,
     federation_pb2.RECEIPT_STATUS_DUPLICATE: ReceiptStatus.DUPLICATE,
@@ -121,22 +126,28 @@ class RpcCloud:
     Args:
         address: ``host:port``.
         credentials: reads the device's identity; called again by :meth:`reopen`.
+        device_class: gateway, phone or wearable.
     """
 
-    def __init__(self, address: str, credentials: Callable[[], grpc.ChannelCredentials]) -> None:
-        self._address = address
+    def __init__(
+        self, address: str, credentials: Callable[[], grpc.ChannelCredentials], device_class: str = "wearable"
+    ) -> None:
+        self._address, self._class = address, _CLASSES[device_class]
         self._credentials = credentials
         self._streamed_bytes = STREAMED_BYTES
         self._open()
 
     @classmethod
-    def of_device(cls, state: StateDirectory, enrolment: Enrolment) -> RpcCloud:
+    def of_device(
+        cls, state: StateDirectory, enrolment: Enrolment, device_class: str = "wearable"
+    ) -> RpcCloud:
         """The cloud that a device enrolled with, by the files of its identity."""
         return cls(
             enrolment.cloud_address,
             lambda: grpc.ssl_channel_credentials(
                 state.authority.read_bytes(), state.key.read_bytes(), state.certificate.read_bytes()
             ),
+            device_class,
         )
 
     def _open(self) -> None:
@@ -190,7 +201,10 @@ class RpcCloud:
         After a failure the next task comes without its tensors: a bad network gets them as a resumable download.
         """
         request = federation_pb2.PollTaskRequest(
-            wait_seconds=wait_s, manifest_digest=manifest_digest, max_streamed_bytes=self._streamed_bytes
+            wait_seconds=wait_s,
+            manifest_digest=manifest_digest,
+            max_streamed_bytes=self._streamed_bytes,
+            device_class=self._class,
         )
         timeout = wait_s + _transfer_seconds(CHUNK_BYTES)
         self._streamed_bytes = 0
@@ -438,6 +452,7 @@ def _task_from_pb(task: federation_pb2.FederatedTask, tensors: bytearray) -> Tas
         tensors=tensors,
         secure=_secure_from_pb(task),
         without_figures=task.without_figures,
+        lease_s=task.lease_seconds,
     )
 
 

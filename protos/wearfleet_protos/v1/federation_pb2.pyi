@@ -50,6 +50,27 @@ kind refuses the task, and so never sends its update in the clear.
 """
 Global___TaskKind: typing_extensions.TypeAlias = TaskKind
 
+class _DeviceClass:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DeviceClassEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DeviceClass.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DEVICE_CLASS_UNSPECIFIED: _DeviceClass.ValueType  # 0
+    """Taken for a wearable."""
+    DEVICE_CLASS_GATEWAY: _DeviceClass.ValueType  # 1
+    DEVICE_CLASS_PHONE: _DeviceClass.ValueType  # 2
+    DEVICE_CLASS_WEARABLE: _DeviceClass.ValueType  # 3
+
+class DeviceClass(_DeviceClass, metaclass=_DeviceClassEnumTypeWrapper): ...
+
+DEVICE_CLASS_UNSPECIFIED: DeviceClass.ValueType  # 0
+"""Taken for a wearable."""
+DEVICE_CLASS_GATEWAY: DeviceClass.ValueType  # 1
+DEVICE_CLASS_PHONE: DeviceClass.ValueType  # 2
+DEVICE_CLASS_WEARABLE: DeviceClass.ValueType  # 3
+Global___DeviceClass: typing_extensions.TypeAlias = DeviceClass
+
 class _TaskStage:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -115,6 +136,7 @@ class FederatedTask(google.protobuf.message.Message):
     STREAMED_BYTES_FIELD_NUMBER: builtins.int
     SECURE_FIELD_NUMBER: builtins.int
     WITHOUT_FIGURES_FIELD_NUMBER: builtins.int
+    LEASE_SECONDS_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     round: builtins.int
     """From 1."""
@@ -137,6 +159,8 @@ class FederatedTask(google.protobuf.message.Message):
     """
     without_figures: builtins.bool
     """Send no metrics, counts or times with the result."""
+    lease_seconds: builtins.float
+    """Who is silent for longer than this while at work may lose its place in the round; 0 for no limit."""
     @property
     def secure(self) -> wearfleet_protos.v1.secagg_pb2.SecureSetup:
         """With TASK_KIND_TRAIN_SECURELY."""
@@ -157,9 +181,10 @@ class FederatedTask(google.protobuf.message.Message):
         streamed_bytes: builtins.int = ...,
         secure: wearfleet_protos.v1.secagg_pb2.SecureSetup | None = ...,
         without_figures: builtins.bool = ...,
+        lease_seconds: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["secure", b"secure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "deadline_unix_ns", b"deadline_unix_ns", "kind", b"kind", "plan_bytes", b"plan_bytes", "plan_digest", b"plan_digest", "remaining_seconds", b"remaining_seconds", "round", b"round", "run_id", b"run_id", "secure", b"secure", "streamed_bytes", b"streamed_bytes", "tensors_bytes", b"tensors_bytes", "tensors_digest", b"tensors_digest", "without_figures", b"without_figures"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "deadline_unix_ns", b"deadline_unix_ns", "kind", b"kind", "lease_seconds", b"lease_seconds", "plan_bytes", b"plan_bytes", "plan_digest", b"plan_digest", "remaining_seconds", b"remaining_seconds", "round", b"round", "run_id", b"run_id", "secure", b"secure", "streamed_bytes", b"streamed_bytes", "tensors_bytes", b"tensors_bytes", "tensors_digest", b"tensors_digest", "without_figures", b"without_figures"]) -> None: ...
 
 Global___FederatedTask: typing_extensions.TypeAlias = FederatedTask
 
@@ -172,20 +197,24 @@ class PollTaskRequest(google.protobuf.message.Message):
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: builtins.int
     MAX_STREAMED_BYTES_FIELD_NUMBER: builtins.int
+    DEVICE_CLASS_FIELD_NUMBER: builtins.int
     wait_seconds: builtins.float
     """The server answers at the latest after this time, 60 at most."""
     manifest_digest: builtins.str
     """Digest of the model manifest in use; empty when none."""
     max_streamed_bytes: builtins.int
     """Tensors of at most so many bytes may come in chunks; 0 when the device downloads them."""
+    device_class: Global___DeviceClass.ValueType
+    """How long it may be silent while it works depends on it."""
     def __init__(
         self,
         *,
         wait_seconds: builtins.float = ...,
         manifest_digest: builtins.str = ...,
         max_streamed_bytes: builtins.int = ...,
+        device_class: Global___DeviceClass.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["manifest_digest", b"manifest_digest", "max_streamed_bytes", b"max_streamed_bytes", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_class", b"device_class", "manifest_digest", b"manifest_digest", "max_streamed_bytes", b"max_streamed_bytes", "wait_seconds", b"wait_seconds"]) -> None: ...
 
 Global___PollTaskRequest: typing_extensions.TypeAlias = PollTaskRequest
 
