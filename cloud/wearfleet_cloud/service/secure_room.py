@@ -72,12 +72,14 @@ class SecureRoom:
         self._notices: dict[Stage, Mapping[str, Notice]] = {}
         self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
         self._arm()
 
     def close(self) -> None:
         """Nobody waits any more; what was exchanged is forgotten."""
         if self._timer is not None:
             self._timer.cancel()
+        self._closed = True
         self._changed.set()
 
     def lose(self, device_id: str) -> None:
@@ -117,14 +119,14 @@ class SecureRoom:
             return None
         following = _ORDER[_ORDER.index(stage) + 1]
         until = asyncio.get_running_loop().time() + wait_s
-        while following not in self._notices and self._round.stage not in FINAL:
+        while following not in self._notices and not self._over:
             left = until - asyncio.get_running_loop().time()
             if left <= 0 or not await self._wait(left):
                 return None
         notice = self._notices.get(following, {}).get(device_id)
         if notice is None:
             raise ConflictError(
-                f"the secure round goes on without {device_id}: {self._round.reason or 'it came too late'}"
+                f"the secure round is over for {device_id}: {self._round.reason or 'it goes on without it'}"
             )
         return notice
 
@@ -140,11 +142,15 @@ class SecureRoom:
             except WearfleetError as error:
                 raise AggregationError(f"secure aggregation: {error}") from error
         self._happen(StageClosed(Stage.MASK))
-        while self._round.stage not in FINAL:
+        while not self._over:
             await self._wait(self._stage_s)
-        if self._round.stage == Stage.FAILED:
-            raise AggregationError(f"secure aggregation: {self._round.reason}")
+        if self._round.stage != Stage.COMPLETE:
+            raise AggregationError(f"secure aggregation: {self._round.reason or 'the round was ended'}")
         return await asyncio.to_thread(unmask, self._round)
+
+    @property
+    def _over(self) -> bool:
+        return self._closed or self._round.stage in FINAL
 
     def _has(self, answer: Answer) -> bool:
         """True when this very answer was taken before, its stage may be over."""
