@@ -474,6 +474,7 @@ def begin_run(
     quorum: int = 1,
     personalise: bool = False,
     codec: UpdateCodec = FLOAT32,
+    options: Mapping[str, object] | None = None,
 ) -> str:
     """Start a run of zeros the way the command line does."""
     state = open_state(settings)
@@ -489,7 +490,7 @@ def begin_run(
                 rounds=rounds,
                 cohort=CohortPolicy(0, min_clients),
                 policy=RoundPolicy(quorum=quorum, deadline_s=deadline_s),
-                options=codec_options(codec),
+                options={**codec_options(codec), **(options or {})},
                 personalise=personalise,
             ),
             now_ns=time.time_ns(),

@@ -20,6 +20,7 @@ from wearfleet_cloud.cli.state_options import (
 
 if TYPE_CHECKING:
     from wearfleet_cloud.storage.device_records import Device, StreamCount
+    from wearfleet_cloud.storage.suspicions import Suspicion
 
 __all__ = ["register"]
 
@@ -37,21 +38,24 @@ def register(app: typer.Typer) -> None:
 def list_devices(config: ConfigFile = None, state: StateFolder = None, as_json: Json = False) -> None:
     """Every enrolled device, what it runs, and what came of its windows."""
     from wearfleet_cloud.storage import device_records
+    from wearfleet_cloud.storage.suspicions import list_suspicions
 
     with opened(config, state) as (_, service), service.database.read() as connection:
         known = device_records.list_devices(connection)
         counts = device_records.stream_counts(connection)
-    rows = [_summary(device, counts) for device in known]
+        suspicions = list_suspicions(connection)
+    rows = [_summary(device, counts) | _suspicion(suspicions.get(device.device_id)) for device in known]
     if as_json:
         print_json(rows)
         return
     print_table(
-        ("device", "name", "tenant", "last seen", "model", "personal", "windows", "lost", "again", "state"),
+        ("device", "name", "tenant", "last seen", "model", "personal", "windows", "lost", "again", "suspect",
+         "state"),
         [
             (
                 row["device_id"], row["name"], row["tenant"], time_text(row["last_seen_ns"]), row["model_version"],
                 "yes" if row["personalised"] else "no", row["windows"]["received"], row["windows"]["lost"],
-                row["windows"]["duplicated"], "revoked" if row["revoked_ns"] else "active",
+                row["windows"]["duplicated"], _suspect(row), "revoked" if row["revoked_ns"] else "active",
             )
             for row in rows
         ],
@@ -65,13 +69,16 @@ def show(
     """Everything known of one device."""
     from wearfleet_cloud.service.privacy_budget import privacy_of
     from wearfleet_cloud.storage import device_records
+    from wearfleet_cloud.storage.suspicions import list_suspicions
 
     with opened(config, state) as (_, service), service.database.read() as connection:
         device = device_records.find_device(connection, device_id)
         counts = device_records.stream_counts(connection, device_id)
         health = device_records.health_of(connection, device_id)
         privacy = privacy_of(connection, device_id)
+        suspicion = _suspicion(list_suspicions(connection).get(device_id))
     row = _summary(device, counts) | {
+        **suspicion,
         "health": health,
         "privacy": privacy,
         "streams": [_stream(count) for count in counts],
@@ -141,6 +148,25 @@ def _summary(device: Device, counts: list[StreamCount]) -> dict[str, Any]:
         "windows": _total([count for count in own if count.kind == "window"]),
         "predictions": _total([count for count in own if count.kind == "prediction"]),
     }
+
+
+def _suspicion(found: Suspicion | None) -> dict[str, Any]:
+    """What federated rounds say of a device; of one that took part in none, zeros."""
+    if found is None:
+        return {"suspect_rounds": 0, "judged_rounds": 0, "suspect_reason": "", "quarantine": False}
+    return {
+        "suspect_rounds": found.suspect,
+        "judged_rounds": found.rounds,
+        "suspect_reason": found.reason,
+        "quarantine": found.quarantine,
+    }
+
+
+def _suspect(row: dict[str, Any]) -> str:
+    if not row["suspect_rounds"]:
+        return "no"
+    share = f"{row['suspect_rounds']} of {row['judged_rounds']}"
+    return f"{share}, quarantine?" if row["quarantine"] else share
 
 
 def _total(counts: list[StreamCount]) -> dict[str, int]:

@@ -131,10 +131,10 @@ def status(
             f"{summary['run_id']}: {summary['state']} {summary['reason']}, begun {time_text(summary['created_ns'])}"
         )
         print_table(
-            ("round", "kind", "state", "invited", "submitted", "seconds", "bytes down", "bytes up"),
+            ("round", "kind", "state", "invited", "submitted", "suspect", "seconds", "bytes down", "bytes up"),
             [
-                (r["round"], r["kind"], r["state"], len(r["invited"]), len(r["submitted"]), f"{r['seconds']:.2f}",
-                 r["bytes_down"], r["bytes_up"])
+                (r["round"], r["kind"], r["state"], len(r["invited"]), len(r["submitted"]), _suspects(r),
+                 f"{r['seconds']:.2f}", r["bytes_down"], r["bytes_up"])
                 for r in summary["rounds"]
             ],
         )  # fmt: skip
@@ -206,8 +206,15 @@ def _round(row: RoundRow, submissions: list[Submission]) -> dict[str, Any]:
         "submitted": [submission.device_id for submission in submissions],
         "declined": [list(pair) for pair in row.snapshot["declined"]],
         "rejected": [list(pair) for pair in row.snapshot["rejected"]],
+        "judged": list(row.snapshot.get("judged", ())),
         "reason": row.snapshot["reason"],
     }
+
+
+def _suspects(summary: dict[str, Any]) -> int:
+    """Devices of a round whose updates were refused, or that a robust rule pointed at."""
+    judged = {judgement["client"] for judgement in summary["judged"] if judgement["suspect"]}
+    return len(judged | {device_id for device_id, _ in summary["rejected"]})
 
 
 def _plan(

@@ -268,12 +268,18 @@ def _skip(current: Round, why: str) -> Outcome:
 
 
 def _publish(current: Round, event: Aggregated, _: float) -> Outcome:
-    after = replace(current, state=RoundState.PUBLISHED, result=event.digest, result_state=event.state)
+    after = replace(
+        current,
+        state=RoundState.PUBLISHED,
+        result=event.digest,
+        result_state=event.state,
+        judged=event.judged,
+    )
     return after, (Publish(event.digest),)
 
 
 def _fail(current: Round, event: AggregationFailed, _: float) -> Outcome:
-    after = replace(current, state=RoundState.SKIPPED, reason=event.reason)
+    after = replace(current, state=RoundState.SKIPPED, reason=event.reason, judged=event.judged)
     return after, (KeepModel(event.reason),)
 
 

@@ -6,6 +6,8 @@ from enum import StrEnum
 
 from wearfleet_protos.tensors import Digest
 
+from wearfleet_cloud.federated.robust.evidence import Judgement
+
 __all__ = [
     "Aborted",
     "Aggregated",
@@ -109,6 +111,7 @@ class Aggregated:
 
     digest: Digest
     state: str = ""
+    judged: tuple[Judgement, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class AggregationFailed:
     """No new global tensors could be made."""
 
     reason: str
+    judged: tuple[Judgement, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from typing import Any, Final
 from wearfleet_protos.errors import ProtocolError
 from wearfleet_protos.tensors import Digest
 
+from wearfleet_cloud.federated.robust.evidence import Judgement
+
 __all__ = ["TERMINAL", "Carried", "Receipt", "Round", "RoundPolicy", "RoundState", "next_round"]
 
 
@@ -114,6 +116,7 @@ class Round:
         slots: clients that are to be at work at the same time.
         lost: invited clients that gave no sign of life for too long; one that comes back is taken out.
         carried: invited clients that work on the task of a round before; in buffered rounds only.
+        judged: what a robust rule said of clients: all but those that it counted as they were and found inconspicuous.
     """
 
     run_id: str
@@ -136,6 +139,7 @@ class Round:
     slots: int = 0
     lost: tuple[str, ...] = ()
     carried: tuple[Carried, ...] = ()
+    judged: tuple[Judgement, ...] = ()
 
     def accepted(self, client: str) -> Receipt | None:
         """The update of a client that counts, if there is one."""
@@ -174,7 +178,7 @@ class Round:
     def to_dict(self) -> dict[str, object]:
         """Values that JSON can hold; inverse of ``from_dict``."""
         values: dict[str, object] = {field.name: getattr(self, field.name) for field in fields(self)}
-        lists = {name: [_plain(r) for r in getattr(self, name)] for name in ("receipts", "carried")}
+        lists = {name: [_plain(r) for r in getattr(self, name)] for name in ("receipts", "carried", "judged")}
         return values | {"policy": asdict(self.policy), **lists}
 
     @staticmethod
@@ -197,6 +201,7 @@ class Round:
                     "receipts": tuple(Receipt(**r) for r in stored["receipts"]),
                     "lost": tuple(stored.get("lost", ())),
                     "carried": tuple(Carried(**c) for c in stored.get("carried", ())),
+                    "judged": tuple(Judgement.from_dict(j) for j in stored.get("judged", ())),
                 }
             )
         except (KeyError, TypeError, ValueError) as error:

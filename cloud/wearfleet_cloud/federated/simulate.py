@@ -263,7 +263,8 @@ class _Federation:
                 updates = [self.sums.of(number, specs, self.strategy.info.upload(), self.tensors, updates)]
             folded = fold(self.strategy, specs, self.tensors, self.state, updates, generator=noise)
         except TooFewUpdatesError as error:
-            self.judged = _Judged(unusable, unusable, str(error))
+            refused = tuple(sorted((*unusable, *(j.client for j in error.refused))))
+            self.judged = _Judged(refused, refused, str(error))
             return
         evidence = folded.mean.evidence
         self.judged = _Judged(

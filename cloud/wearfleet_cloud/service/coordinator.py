@@ -21,6 +21,7 @@ from wearfleet_protos.tensors import Digest
 from wearfleet_cloud.config import FederationConfig
 from wearfleet_cloud.federated.cohort import cohort_of, substitutes
 from wearfleet_cloud.federated.privacy.secagg_fold import secure_contribution
+from wearfleet_cloud.federated.robust.options import TooFewUpdatesError
 from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState, advance
 from wearfleet_cloud.federated.round_events import (
     Aborted,
@@ -51,12 +52,10 @@ from wearfleet_cloud.service.privacy_budget import PrivacyBudget
 from wearfleet_cloud.service.round_keeper import RoundKeeper, first_round, kept_round, successor
 from wearfleet_cloud.service.round_view import accuracy, finished_round, round_view
 from wearfleet_cloud.service.run_context import ActiveRun, load_run
-from wearfleet_cloud.service.run_setup import TENSORS_MEDIA_TYPE
 from wearfleet_cloud.service.secure_rounds import SecureRounds
 from wearfleet_cloud.service.updates import UpdateStore
 from wearfleet_cloud.service.waiting_room import WaitingRoom
 from wearfleet_cloud.storage.blobs import Blobs
-from wearfleet_cloud.storage.catalog import insert_artifact
 from wearfleet_cloud.storage.database import Database
 from wearfleet_cloud.storage.privacy_records import read_ledger
 from wearfleet_cloud.storage.run_records import (
@@ -70,6 +69,7 @@ from wearfleet_cloud.storage.run_records import (
     next_running,
     set_run_tensors,
 )
+from wearfleet_cloud.storage.suspicions import note_suspects
 
 __all__ = ["Coordinator", "FederationParts"]
 
@@ -428,7 +428,11 @@ class Coordinator:
                 event = Aggregated(keeper.round.base)
             else:
                 folded = await self._fold(run, keeper.round, updates)
-                event, works = Aggregated(folded.digest, folded.state), (_note_tensors(folded),)
+                event = Aggregated(folded.digest, folded.state, folded.judged)
+                works = (folded.note, note_suspects(keeper.round, folded.judged, time.time_ns()))
+        except TooFewUpdatesError as error:
+            event = AggregationFailed(str(error)[:400], error.refused)
+            works = (note_suspects(keeper.round, error.refused, time.time_ns()),)
         except WearfleetError as error:
             _LOGGER.error("round %d of %s: %s", keeper.round.number, run.run_id, error)  # noqa: TRY400 - says it all
             event = AggregationFailed(str(error)[:400])
@@ -524,16 +528,5 @@ def _finishing(run_id: str, state: str, reason: str) -> Work:
 
     def work(connection: Connection) -> None:
         finish_run(connection, run_id, state, now_ns, reason)
-
-    return work
-
-
-def _note_tensors(folded: Folded) -> Work:
-    now_ns = time.time_ns()
-
-    def work(connection: Connection) -> None:
-        insert_artifact(connection, folded.digest, folded.size_bytes, TENSORS_MEDIA_TYPE, now_ns)
-        if folded.state:
-            insert_artifact(connection, Digest(folded.state), folded.state_bytes, TENSORS_MEDIA_TYPE, now_ns)
 
     return work

@@ -1,30 +1,46 @@
 """From the stored updates of a round to new global tensors; runs in a thread."""
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from sqlalchemy.engine import Connection
 from wearfleet_protos.errors import AggregationError, ShapeError
 from wearfleet_protos.tensors import Digest, check_finite, decode_tensors, encode_tensors
 
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution
 from wearfleet_cloud.federated.fedbuff import rebased
 from wearfleet_cloud.federated.privacy.central import fold
+from wearfleet_cloud.federated.robust.evidence import Judgement
 from wearfleet_cloud.federated.round import Receipt, Round
 from wearfleet_cloud.service.run_context import ActiveRun
+from wearfleet_cloud.service.run_setup import TENSORS_MEDIA_TYPE
 from wearfleet_cloud.service.updates import UpdateStore
 from wearfleet_cloud.storage.blobs import Blobs
+from wearfleet_cloud.storage.catalog import insert_artifact
 
 __all__ = ["Folded", "Folding"]
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """What a round gave, as it is stored: digest and bytes of the tensors, and of the server's state ("" for none)."""
+    """What a round gave, as it is stored: digest and bytes of the tensors, and of the server's state ("" for none).
+
+    ``judged`` is what a robust rule said of clients, if it is worth a place in the round's record.
+    """
 
     digest: Digest
     size_bytes: int
     state: str
     state_bytes: int
+    judged: tuple[Judgement, ...] = ()
+
+    def note(self, connection: Connection) -> None:
+        """Enter what was stored into the database."""
+        now_ns = time.time_ns()
+        insert_artifact(connection, self.digest, self.size_bytes, TENSORS_MEDIA_TYPE, now_ns)
+        if self.state:
+            insert_artifact(connection, Digest(self.state), self.state_bytes, TENSORS_MEDIA_TYPE, now_ns)
 
 
 class Folding:
@@ -83,7 +99,8 @@ class Folding:
         digest, state = self._blobs.put(data), self._blobs.put(kept) if kept else ""
         self._newest = digest, averaged.tensors
         self._on_tensors(digest, data)
-        return Folded(digest, len(data), state, len(kept))
+        judged = tuple(j for j in averaged.mean.evidence if j.noted)
+        return Folded(digest, len(data), state, len(kept), judged)
 
     def tensors(self, run: ActiveRun, base: Digest) -> Arrays:
         """The global tensors with this digest."""

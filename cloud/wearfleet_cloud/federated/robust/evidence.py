@@ -38,6 +38,11 @@ class Judgement:
     score: float = 0.0
     suspect: bool = False
 
+    @property
+    def noted(self) -> bool:
+        """Worth a place in the round's record."""
+        return self.suspect or self.verdict != "counted"
+
     def to_dict(self) -> dict[str, object]:
         """Values that JSON can hold; inverse of :meth:`from_dict`."""
         return asdict(self)

@@ -79,6 +79,7 @@ def robust_mean(
         attackers=averaging.attackers,
         trim=averaging.trim,
         selected=averaging.selected,
+        refused=stack.refused,
     )
     combined = _apply(averaging, points, _centre(averaging.memory, layout, rows))
     values = _named(layout.trained, combined.value.double().numpy())
@@ -103,7 +104,7 @@ def _within_norm(stack: Stack, before: NDArray[np.generic] | None) -> tuple[Tens
     The running median is that of the median norms of the last rounds and of this one.
     """
     if not stack.clients:
-        raise TooFewUpdatesError(_nobody(stack.refused))
+        raise TooFewUpdatesError(_nobody(stack.refused), stack.refused)
     norms = squared_norms(torch.from_numpy(stack.trained)).sqrt()
     known = np.empty(0) if before is None else np.asarray(before, np.float64)
     remembered = np.append(known, float(norms.median()))[-_REMEMBERED - 1 :]
@@ -116,7 +117,7 @@ def _within_norm(stack: Stack, before: NDArray[np.generic] | None) -> tuple[Tens
         )
     stack.keep(kept)
     if not kept:
-        raise TooFewUpdatesError(_nobody(stack.refused))
+        raise TooFewUpdatesError(_nobody(stack.refused), stack.refused)
     return norms[kept], remembered
 
 

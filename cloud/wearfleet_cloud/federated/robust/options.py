@@ -1,9 +1,12 @@
 """What an operator chooses of a robust rule, what it is checked for, and how many updates a rule needs."""
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 from wearfleet_protos.errors import AggregationError, ConfigError
+
+from wearfleet_cloud.federated.robust.evidence import Judgement
 
 __all__ = ["RULES", "TooFewUpdatesError", "check_bound", "check_options", "selected_of"]
 
@@ -25,7 +28,16 @@ _DEFAULT_TRIM: Final = 0.2
 
 
 class TooFewUpdatesError(AggregationError):
-    """A rule's guarantee needs more updates than passed the first checks: the round is skipped, the model stays."""
+    """A rule's guarantee needs more updates than passed the first checks: the round is skipped, the model stays.
+
+    Args:
+        message: what was needed and what came.
+        refused: who did not pass, and why.
+    """
+
+    def __init__(self, message: str, refused: Sequence[Judgement] = ()) -> None:
+        super().__init__(message)
+        self.refused = tuple(refused)
 
 
 def check_options(
@@ -59,7 +71,9 @@ def check_options(
         )
 
 
-def check_bound(rule: str, count: int, *, attackers: int, trim: float, selected: int) -> None:
+def check_bound(
+    rule: str, count: int, *, attackers: int, trim: float, selected: int, refused: Sequence[Judgement] = ()
+) -> None:
     """Refuse to apply a rule to fewer updates than its guarantee needs; the number of attackers is never lowered.
 
     Args:
@@ -68,6 +82,7 @@ def check_bound(rule: str, count: int, *, attackers: int, trim: float, selected:
         attackers: f.
         trim: share that is cut at each end.
         selected: k of Multi-Krum; 0 for its default.
+        refused: who did not pass the first checks; goes into the error.
 
     Raises:
         TooFewUpdatesError: the round must be skipped and the old model kept.
@@ -77,16 +92,19 @@ def check_bound(rule: str, count: int, *, attackers: int, trim: float, selected:
     if count < needed:
         raise TooFewUpdatesError(
             f"rule {rule} with {attackers} attackers needs at least {needed} updates, {count} are left; the round is "
-            "skipped (raise cohort_size, or lower attackers or bucket in a new run)"
+            "skipped (raise cohort_size, or lower attackers or bucket in a new run)",
+            refused,
         )
     if rule == "trimmed-mean" and math.floor(trim * count) < attackers:
         raise TooFewUpdatesError(
             f"trimmed-mean cuts {math.floor(trim * count)} of {count} updates at each end, fewer than {attackers} "
-            f"attackers; the round is skipped (trim must be at least {attackers / count:.3f})"
+            f"attackers; the round is skipped (trim must be at least {attackers / count:.3f})",
+            refused,
         )
     if rule == "multi-krum" and selected > count - attackers:
         raise TooFewUpdatesError(
-            f"multi-krum cannot take {selected} of {count} updates when {attackers} may be bad; the round is skipped"
+            f"multi-krum cannot take {selected} of {count} updates when {attackers} may be bad; the round is skipped",
+            refused,
         )
 
 
