@@ -124,8 +124,23 @@ def _simulate(
         "begins_with": backbone if run is None else str(run),
         "wire": wire,
         "simulated": prepared.dataset.simulated,
+        **_cost(chosen, rounds),
     }
     _run(chosen, model, population, simulation, runner, about=about, out=out, as_json=as_json)
+
+
+def _cost(strategy: Strategy, rounds: int) -> dict[str, object]:
+    """What the strategy's privacy would cost a client that takes part in every round; empty without privacy."""
+    from dataclasses import replace
+
+    from wearfleet_cloud.federated.privacy.accounting import epsilon_of
+    from wearfleet_cloud.federated.privacy.ledger import cost_of_round
+
+    cost = cost_of_round(strategy.privacy)
+    if cost is None:
+        return {}
+    delta = strategy.privacy.dp_delta
+    return {"epsilon": float(f"{epsilon_of([replace(cost, count=rounds)], delta):.4g}"), "delta": delta}
 
 
 def _run(

@@ -38,6 +38,7 @@ def test_more_rounds_or_less_noise_cost_more_and_sampling_less() -> None:
     )
     assert one < epsilon_of([Spend(0.9, 0.1, 100)], 1e-5)
     assert one < epsilon_of([Spend(1.0, 1.0, 100)], 1e-5)
+    assert epsilon_of([Spend(0.1, 0.3, 20)], 1e-2) <= epsilon_of([Spend(0.1, 1.0, 20)], 1e-2)
 
 
 def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
