@@ -139,12 +139,18 @@ def test_dropout_refuses_a_share_outside_its_range(p: float) -> None:
         Dropout(p, 0)
 
 
-def test_standardise_removes_mean_and_scale_by_channel() -> None:
+@pytest.mark.parametrize("order", [Tensor.contiguous, _innermost])
+def test_standardise_removes_mean_and_scale_by_channel(order) -> None:
     layer = Standardise(2)
     layer.mean.copy_(torch.tensor([1.0, -2.0]))
     layer.std.copy_(torch.tensor([2.0, 4.0]))
-    x = torch.tensor([[[3.0, 5.0], [2.0, -2.0]]])
-    torch.testing.assert_close(layer(x), torch.tensor([[[1.0, 2.0], [1.0, 0.0]]]))
+    x = order(torch.tensor([[[3.0, 5.0, 1.0], [2.0, -2.0, 6.0]]]))
+    torch.testing.assert_close(layer(x), torch.tensor([[[1.0, 2.0, 0.0], [1.0, 0.0, 2.0]]]))
+    assert layer(x).stride() == x.stride()
+    means = torch.tensor([[1.0, -2.0], [0.0, 2.0]])  # of two runs, stacked
+    std = torch.ones(2)
+    stacked = vmap(lambda mean: functional_call(layer, {"mean": mean, "std": std}, (x,)))(means)
+    torch.testing.assert_close(stacked, x - means[:, None, :, None])
 
 
 def test_layers_stack_over_runs() -> None:
