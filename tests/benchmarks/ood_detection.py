@@ -11,7 +11,7 @@ import argparse
 import csv
 import json
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -78,17 +78,26 @@ def rows_of(case: tuple[str, ...], algorithm: str, seed: int, steps: int, root: 
 
 
 def print_tables(rows: list[Row]) -> None:
-    """For every data set and kind of unknown: mean over targets and left-out activities, deviation over seeds."""
+    """For every data set and kind of unknown: mean over held-out domains, deviation over seeds; whole seeds only."""
+    wanted = {
+        dataset: sum(case[0] == dataset for case in CASES) for dataset in {row["dataset"] for row in rows}
+    }
+    runs = {(r["dataset"], r["algorithm"], r["seed"], r["target"]) for r in rows}
+    made = Counter(run[:3] for run in runs)
+    rows = [r for r in rows if made[r["dataset"], r["algorithm"], r["seed"]] == wanted[r["dataset"]]]
     groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["dataset"], row["unknown"]].append(row)
-    print("| data set | unknown | algorithm | score | AUROC | AUPR known | AUPR unknown | FPR at 95 % |")
+    print(
+        "| data set | unknown | algorithm (seeds) | score | AUROC | AUPR known | AUPR unknown | FPR at 95 % |"
+    )
     print("|---|---|---|---|---:|---:|---:|---:|")
     for (dataset, unknown), group in groups.items():
         for algorithm, score in dict.fromkeys((row["algorithm"], row["score"]) for row in group):
             own = [row for row in group if (row["algorithm"], row["score"]) == (algorithm, score)]
             cells = [_over_seeds(own, metric) for metric in METRICS]
-            print("|", " | ".join([dataset, unknown, algorithm, score, *cells]), "|")
+            seeds = len({row["seed"] for row in own})
+            print("|", " | ".join([dataset, unknown, f"{algorithm} ({seeds})", score, *cells]), "|")
     print(
         "\n| data set | held out | left out | algorithm | accuracy | best AUROC, its score: activity | domain |"
     )
