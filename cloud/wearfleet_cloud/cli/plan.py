@@ -12,7 +12,7 @@ from rich.table import Table
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.plan import Plan
 
-from wearfleet_cloud.federated import STRATEGIES, create_strategy
+from wearfleet_cloud.federated import STRATEGIES, create_strategy, default_options
 
 __all__ = ["parse_settings", "register"]
 
@@ -43,6 +43,7 @@ def strategies(as_json: Json = False) -> None:
             "kept_beside": list(info.kept_beside),
             "composes_with": list(info.composes_with),
             "hyper_parameters": dict(info.hyper_parameters),
+            "options": {name: str(value) for name, value in default_options(info.name).items()},
         }
         for info in (strategy.info for strategy in STRATEGIES.values())
     ]

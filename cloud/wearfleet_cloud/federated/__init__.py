@@ -29,7 +29,7 @@ from wearfleet_cloud.federated.perfedavg import PerFedAvg
 from wearfleet_cloud.federated.scaffold import Scaffold
 from wearfleet_cloud.federated.training_options import option_names, parse_options
 
-__all__ = ["STRATEGIES", "create_strategy"]
+__all__ = ["STRATEGIES", "create_strategy", "default_options"]
 
 STRATEGIES: Final[Mapping[str, type[AveragingStrategy]]] = {
     "ditto": Ditto,
@@ -67,16 +67,27 @@ def create_strategy(name: str, options: Mapping[str, object]) -> Strategy:
     chosen = STRATEGIES.get(name)
     if chosen is None:
         raise ConfigError(f"unknown strategy {name!r}; known: {', '.join(sorted(STRATEGIES))}")
-    plain = chosen()
-    parts = {part.name: getattr(plain, part.name) for part in fields(AveragingStrategy)}
-    known = {name for of in (chosen, *parts.values()) for name in option_names(of)}
-    unknown = sorted(options.keys() - known)
+    known = default_options(name)
+    unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise ConfigError(f"unknown option {unknown[0]!r} of {name}; known: {', '.join(sorted(known))}")
+    parts = {part.name: getattr(chosen(), part.name) for part in fields(AveragingStrategy)}
     made = {part: replace(value, **_own(type(value), options)) for part, value in parts.items()}
     strategy = chosen(**made, **_own(chosen, options))
     check_composition(strategy)
     return strategy
+
+
+def default_options(name: str) -> dict[str, object]:
+    """Every option of a strategy, its own first, with the value it has when it is not given."""
+    plain = STRATEGIES[name]()
+    parts = (plain, *(getattr(plain, part.name) for part in fields(AveragingStrategy)))
+    return {
+        field.name: getattr(part, field.name)
+        for part in parts
+        for field in fields(part)
+        if field.name in option_names(type(part))
+    }
 
 
 def _own(cls: type[Any], options: Mapping[str, object]) -> dict[str, Any]:

@@ -41,6 +41,9 @@ def test_strategies_are_listed_with_what_stays_local() -> None:
     assert rows["fedrep"]["phases"] == ["evaluate_before", "train_head", "train_body", "evaluate_after"]
     assert "async" not in rows["scaffold"]["composes_with"]
     assert "mu" in rows["fedprox"]["hyper_parameters"]
+    assert rows["fedprox"]["options"].keys() >= {"mu", "learning_rate", "weighting", "codec", "codec_rank"}
+    assert (rows["fednova"]["options"]["mu"], rows["fedavg"]["options"]["codec"]) == ("0.0", "float32")
+    assert create_strategy("fedbuff", rows["fedbuff"]["options"]) == create_strategy("fedbuff", {})
     assert "fedprox" in call("strategies")
 
 
