@@ -29,8 +29,8 @@ class Addition(Protocol):
 
 UNSOUND_PAIRS: Final[Mapping[frozenset[str], str]] = {
     frozenset({"secagg", "robust"}): (
-        "under secure aggregation the server sees only a sum, so no rule can compare updates; use rule=mean and let "
-        "the clients clip what they send, or leave secure aggregation off"
+        "under secure aggregation the server sees only a sum, so no rule can compare updates; use rule=mean, with "
+        "members that cut what they send to secagg_clip, or leave secure aggregation off"
     ),
     frozenset({"secagg", "async"}): (
         "masks cancel only among clients that are present together, and a buffer mixes clients that started at "
@@ -55,6 +55,24 @@ UNSOUND_PAIRS: Final[Mapping[frozenset[str], str]] = {
 }
 """Pairs of additions that must not meet, whatever the strategy: why, and what to do instead."""
 
+_MIXTURES: Final[Mapping[str, str]] = {
+    "secagg": "a client's mixture is made of single models, which a sum does not show; use fedbn or ditto",
+    "central_dp": "noise in a sum protects none of the single models that mixtures are made of; use fedbn or ditto",
+    "local_dp": "clients are compared by small statistics that the noise would drown; use fedbn or ditto",
+    "record_dp": "the statistics of layers that clients are compared by are not noised; use fedper or ditto",
+    "robust": "a rule makes one model for all; a mixture weighs strange models low by itself; use ditto for a bound",
+    "async": "a mixture is made of models of one version; use fedbuff, or ditto in rounds",
+}
+_RING: Final[Mapping[str, str]] = {
+    "secagg": "a ring has no sum: each model goes to the next client alone; use fedavg",
+    "central_dp": "a ring has no sum that the server could noise; use fedavg",
+    "local_dp": "noise would add up at every hop of the ring; use fedavg",
+    "record_dp": "models are handed on and tuned by teachers whose steps are not noised; use fedavg",
+    "robust": "poison travels the ring from client to client and no rule sees two models; use fedavg or ditto",
+    "compression": "what a codec leaves out is missing in the next client's model, not averaged away; leave it off",
+    "async": "a ring has one client at work at a time; use fedbuff",
+}
+
 _UNSOUND_WITH: Final[Mapping[tuple[str, str], str]] = {
     ("scaffold", "robust"): (
         "a rule that leaves an update out breaks the sum of the control variates; use fedavg or fednova"
@@ -73,6 +91,16 @@ _UNSOUND_WITH: Final[Mapping[tuple[str, str], str]] = {
         "fedavg or fedprox"
     ),
     ("fednova", "async"): "updates are normalised by the steps of all clients of a round; use fedavg",
+    ("fedbuff", "secagg"): (
+        "masks cancel only among clients that are present together, and a buffer mixes clients that started at "
+        "different times; use fedavg in rounds"
+    ),
+    **{
+        (name, addition): why
+        for name in ("epfl", "fedap", "fedhealth2")
+        for addition, why in _MIXTURES.items()
+    },
+    **{("metafed", addition): why for addition, why in _RING.items()},
     **{
         ("local", addition): "nothing is uploaded, so there is nothing to do it to; leave it off"
         for addition in ("secagg", "central_dp", "local_dp", "robust", "compression")
