@@ -173,6 +173,8 @@ def run_plan(
     metrics: dict[str, float] = {}
     steps = 0
     for index, phase in enumerate(plan.phases):
+        if phase.when and not cells.number(phase.when) > 0.5:
+            continue
         program = _PhaseProgram(plan, phase, _verified(graphs, phase), cells)
         windows = part_of(phase.loop.split, data.train, data.holdout)
         ran = 0
@@ -223,6 +225,10 @@ class _Cells:
     def swap(self, name: str) -> None:
         """What was written becomes the present value."""
         self.present[name], self.spare[name] = self.spare[name], self.present[name]
+
+    def number(self, name: str) -> float:
+        """The present value of a scalar."""
+        return float(self.present[name].numpy())
 
     def read(self) -> Tensors:
         """Copies of all present values."""

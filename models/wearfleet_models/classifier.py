@@ -19,6 +19,7 @@ from wearfleet_models.backbones import (
 )
 from wearfleet_models.layers import Standardise
 from wearfleet_models.necks import NECKS, Neck
+from wearfleet_models.surgery import InputSurgery
 
 __all__ = ["BACKBONES", "FROZEN", "Classifier", "ModelSpec", "build_classifier", "derived"]
 
@@ -46,6 +47,9 @@ class ModelSpec:
         neck_width: numbers in the embedding (bottleneck, dense, mixture).
         domains: number of source domains, at least 1 (mixture).
         frozen: what federated training leaves as it is, a key of :data:`FROZEN`.
+        lora_rank: of low-rank additions to queries and values (transformer), which no frozen part holds; 0 for none.
+        surgery: h of an ``InputSurgery`` before the backbone, with a linear layer behind the head; 0 for neither.
+        code_width: k of the surgery.
 
     Raises:
         ConfigError: an unknown backbone, neck or frozen part, a size below one, or a mixture over no domains.
@@ -62,6 +66,9 @@ class ModelSpec:
     neck_width: int = 256
     domains: int = 0
     frozen: str = "none"
+    lora_rank: int = 0
+    surgery: int = 0
+    code_width: int = 0
 
     def __post_init__(self) -> None:
         for kind, name, known in (
@@ -72,7 +79,10 @@ class ModelSpec:
             if name not in known:
                 raise ConfigError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
         lowest = dict.fromkeys(("channels", "window", "classes", "kernel", "feedforward", "neck_width"), 1)
-        lowest["domains"] = 1 if self.neck == "mixture" else 0
+        lowest |= {"domains": 1 if self.neck == "mixture" else 0, "surgery": 0, "code_width": 0}
+        lowest["lora_rank"] = 0
+        if self.lora_rank and self.backbone != "transformer":
+            raise ConfigError(f"low-rank additions belong to the transformer, not to {self.backbone}")
         for field, least in lowest.items():
             value = getattr(self, field)
             if not isinstance(value, int) or value < least:
@@ -109,6 +119,12 @@ class Classifier(nn.Module):
         neck = NECKS[spec.neck](self.backbone.num_features, spec.neck_width, spec.domains)
         self.neck = cast("Neck", neck)
         self.head = nn.Linear(self.neck.num_features, spec.classes)
+        if spec.surgery:
+            size = spec.channels, spec.window, spec.surgery, spec.code_width
+            self.surgery: nn.Module = InputSurgery(*size)
+            self.remap: nn.Module = _linear_identity(spec.classes)
+        else:
+            self.surgery = self.remap = nn.Identity()
 
     def features(self, x: Tensor, weight: Tensor | None = None, rng: Tensor | None = None) -> Tensor:
         """The embedding of raw windows: what the head takes.
@@ -121,13 +137,18 @@ class Classifier(nn.Module):
         Returns:
             (B, F).
         """
-        embedding: Tensor = self.neck(self.backbone(self.standardise(x), weight, rng), weight)
+        window = self.surgery(self.standardise(x))
+        embedding: Tensor = self.neck(self.backbone(window, weight, rng), weight)
         return embedding
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        """Logits (B, K) of embeddings (B, F)."""
+        logits: Tensor = self.remap(self.head(embedding))
+        return logits
 
     def forward(self, x: Tensor, weight: Tensor | None = None, rng: Tensor | None = None) -> Tensor:
         """Logits (B, K) of raw windows; arguments as in ``features``."""
-        logits: Tensor = self.head(self.features(x, weight, rng))
-        return logits
+        return self.classify(self.features(x, weight, rng))
 
 
 def build_classifier(spec: ModelSpec, seed: int = 0) -> Classifier:
@@ -167,13 +188,27 @@ def derived(model: Classifier, seed: int = 0, **changes: object) -> Classifier:
     return made.train(model.training)
 
 
+def _linear_identity(classes: int) -> nn.Linear:
+    """A layer that at first changes nothing."""
+    layer = nn.Linear(classes, classes)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(classes))
+        layer.bias.zero_()
+    return layer
+
+
 def _cnn(*filters: int, normalise: bool = True) -> Callable[[ModelSpec], nn.Module]:
     return lambda spec: Cnn(spec.channels, spec.window, spec.kernel, filters, normalise=normalise)
 
 
 def _transformer(*, strict: bool) -> Callable[[ModelSpec], nn.Module]:
     return lambda spec: Transformer(
-        spec.channels, spec.window, dropout=spec.dropout, feedforward=spec.feedforward, strict=strict
+        spec.channels,
+        spec.window,
+        dropout=spec.dropout,
+        feedforward=spec.feedforward,
+        strict=strict,
+        rank=spec.lora_rank,
     )
 
 

@@ -113,7 +113,7 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One graph run in a loop."""
+    """One graph run in a loop; if ``when`` names a state tensor () float32, only where that is above 1/2."""
 
     name: str
     graph: Digest
@@ -122,6 +122,7 @@ class Phase:
     outputs: tuple[OutputBinding, ...]
     loop: Loop
     scalars: tuple[tuple[str, float], ...]
+    when: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +255,9 @@ def _validate(plan: Plan) -> None:
     _validate_protection(plan)
     for phase in plan.phases:
         _validate_phase(phase, known)
+        switch = next((t for t in plan.tensors if t.name == phase.when), None)
+        if phase.when and (switch is None or (switch.dtype, switch.shape) != ("float32", ())):
+            raise ProtocolError(f"phase {phase.name}: when needs a float32 number, {phase.when!r} is none")
     budget = plan.budget
     if not (budget.seconds > 0 and budget.max_bytes > 0 and budget.min_examples >= 1):
         raise ProtocolError(f"budget must be positive, got {budget}")
@@ -375,6 +379,7 @@ def _phase_to_json(phase: Phase) -> dict[str, object]:
             "shuffle": phase.loop.shuffle,
         },
         "scalars": [[name, value] for name, value in phase.scalars],
+        **({"when": phase.when} if phase.when else {}),
     }
 
 
@@ -393,7 +398,8 @@ def tensor_spec_from_json(value: object) -> TensorSpec:
 
 
 def _phase_from_json(value: object) -> Phase:
-    row = take(value, Phase, "phase")
+    given = value if isinstance(value, dict) else {}
+    row = take({"when": "", **given}, Phase, "phase")
     loop = take(row["loop"], Loop, "loop")
     return Phase(
         name=str(row["name"]),
@@ -409,6 +415,7 @@ def _phase_from_json(value: object) -> Phase:
             shuffle=bool(loop["shuffle"]),
         ),
         scalars=tuple((str(name), float(number)) for name, number in row["scalars"]),
+        when=str(row["when"]),
     )
 
 
@@ -466,8 +473,8 @@ def shuffle_order(seed: int, round_number: int, epoch: int, count: int) -> NDArr
 def part_of(split: Split, train: LabelledWindows, holdout: LabelledWindows) -> LabelledWindows:
     """The windows of a split; the same on the device and in a simulation.
 
-    Neighbours of a window in ``select`` are in ``fit``, and windows may overlap: what is decided by ``select`` is decided
-    by windows that are not quite new.
+    Neighbours of a window in ``select`` are in ``fit``, and windows may overlap: what is decided by ``select`` is
+    decided by windows that are not quite new.
     """
     if split in ("train", "holdout"):
         return train if split == "train" else holdout

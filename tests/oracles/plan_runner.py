@@ -34,6 +34,8 @@ def run_plan(
     start = dict(state)
     metrics: dict[str, float] = {}
     for index, phase in enumerate(plan.phases):
+        if phase.when and not float(state[phase.when]) > 0.5:
+            continue
         session = open_graph(graphs[phase.graph])
         chosen = part_of(phase.loop.split, windows["train"], windows["holdout"])
         for step, rows in enumerate(batches(phase.loop, plan.seed, round_number, len(chosen))):

@@ -63,15 +63,17 @@ class ScoredClassifier(nn.Module):
     def __init__(self, model: Classifier, score: OodScore) -> None:
         super().__init__()
         self.standardise = model.standardise
+        self.surgery = model.surgery
         self.backbone = model.backbone
         self.neck = model.neck
         self.head = model.head
+        self.remap = model.remap
         self.ood = score
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(N, C, T) raw units -> logits (N, K), probabilities (N, K), embedding (N, F), ood_score (N,)."""
-        embedding = self.neck(self.backbone(self.standardise(window), None, None), None)
-        logits = self.head(embedding)
+        embedding = self.neck(self.backbone(self.surgery(self.standardise(window)), None, None), None)
+        logits = self.remap(self.head(embedding))
         return logits, torch.softmax(logits, dim=1), embedding, self.ood(embedding, logits)
 
 

@@ -15,11 +15,13 @@ from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.client_steps import (
     TRAINED_ROLES,
+    Direction,
     GradientRule,
     Loss,
     Tensors,
     evaluation_step,
     is_trained,
+    optimising_step,
     training_step,
 )
 from wearfleet_cloud.federated.plan_compiler import Step
@@ -35,6 +37,7 @@ __all__ = [
     "measured",
     "model_specs",
     "on_track",
+    "optimised_phase",
     "personal_phase",
     "personal_specs",
     "training_phase",
@@ -49,12 +52,16 @@ PERSONAL_PREFIX = "personal/"
 
 @dataclass(frozen=True, slots=True)
 class ClientPhase:
-    """One pure step in a loop; results named like a tensor are its new value, the others are metrics to be summed."""
+    """One pure step in a loop; results named like a tensor are its new value, the others are metrics to be summed.
+
+    With ``when``, the name of a () float32 tensor, it is left out where that is not above 1/2.
+    """
 
     name: str
     step: Step
     loop: Loop
     scalars: tuple[tuple[str, float], ...]
+    when: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +179,30 @@ def training_phase(
         The phase and the optimiser's tensors.
     """
     step, slots = training_step(model, tensor_specs(model), local.build(), rule, roles=roles, loss=loss)
+    return _phase_of(name, step, slots, local, scalars)
+
+
+def optimised_phase(
+    model: Classifier,
+    local: LocalTraining,
+    direction: Direction,
+    *,
+    name: str,
+    roles: Collection[TensorRole],
+    scalars: tuple[tuple[str, float], ...] = (),
+) -> tuple[ClientPhase, tuple[TensorSpec, ...]]:
+    """As :func:`training_phase`, along any direction instead of the gradient of a loss."""
+    step, slots = optimising_step(tensor_specs(model), local.build(), direction, roles)
+    return _phase_of(name, step, slots, local, scalars)
+
+
+def _phase_of(
+    name: str,
+    step: Step,
+    slots: tuple[TensorSpec, ...],
+    local: LocalTraining,
+    scalars: tuple[tuple[str, float], ...],
+) -> tuple[ClientPhase, tuple[TensorSpec, ...]]:
     if name != "train":
         step = on_track(step, [slot.name for slot in slots], f"{name}/")
         slots = tuple(replace(slot, name=f"{name}/{slot.name}") for slot in slots)

@@ -20,6 +20,7 @@ __all__ = [
     "GradientRule",
     "Loss",
     "Tensors",
+    "called",
     "cross_entropy",
     "embedding_of",
     "evaluation_step",
@@ -136,20 +137,46 @@ def loss_gradient(
     return gradient
 
 
+def called(network: Classifier, method: Callable[[Tensor], Tensor]) -> Callable[[Tensors, Tensor], Tensor]:
+    """A method of a classifier, or of a part of it, as a function of named tensors and its argument.
+
+    Args:
+        network: whose names the tensors have; others are ignored.
+        method: of one tensor; it uses ``network``.
+    """
+    names = tuple(network.state_dict())
+    module = _Method(network, method)
+
+    def call(tensors: Tensors, argument: Tensor) -> Tensor:
+        own = {_Method.PREFIX + name: tensors[name] for name in names}
+        result: Tensor = functional_call(module, own, (argument,))
+        return result
+
+    return call
+
+
 def embedding_of(model: Classifier) -> Callable[[Tensors, Tensor], Tensor]:
     """From tensors of a model and windows (B, C, T) to their embedding (B, F) in evaluation mode; no gradient."""
-    network = _Embedding(copy.deepcopy(model).eval())
-
-    def embedding(tensors: Tensors, x: Tensor) -> Tensor:
-        features: Tensor = functional_call(network, network.names(tensors), (x, None, None))[0]
-        return features.detach()
-
-    return embedding
+    network = copy.deepcopy(model).eval()
+    features = called(network, network.features)
+    return lambda tensors, x: features(tensors, x).detach()
 
 
 def weighted_mean(losses: Tensor, given: Tensors) -> Tensor:
     """The mean of (B,) values, each by the weight of its window."""
     return (losses * given["weight"]).sum() / torch.clamp(given["weight"].sum(), min=1e-12)
+
+
+class _Method(nn.Module):
+    PREFIX: ClassVar[str] = "network."
+
+    def __init__(self, network: Classifier, method: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.method = method
+
+    def forward(self, argument: Tensor) -> Tensor:
+        return self.method(argument)
 
 
 class _Embedding(nn.Module):
@@ -166,7 +193,7 @@ class _Embedding(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None, rng: Tensor | None) -> tuple[Tensor, Tensor]:
         features = self.network.features(x, weight, rng)
-        return features, self.network.head(features)
+        return features, self.network.classify(features)
 
 
 def optimising_step(

@@ -119,6 +119,7 @@ def _phase(program: ClientProgram, phase: ClientPhase, graph: CompiledGraph) -> 
         outputs=tuple(_output(name, state) for name in graph.outputs),
         loop=phase.loop,
         scalars=phase.scalars,
+        when=phase.when,
     )
 
 

@@ -66,6 +66,8 @@ def run_client(
     state = dict(start)
     metrics: dict[str, float] = {}
     for index, phase in enumerate(program.phases):
+        if phase.when and not float(state[phase.when]) > 0.5:  # noqa: PLR2004 - a switch is 0 or 1
+            continue
         chosen = part_of(phase.loop.split, windows["train"], windows["holdout"])
         state, sums = _run_phase(phase, state, chosen, (seed, round_number, index))
         metrics |= {f"{phase.name}/{name}": value for name, value in sums.items()}

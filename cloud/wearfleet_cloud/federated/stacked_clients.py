@@ -201,6 +201,9 @@ class StackedClients:
         """Run a phase for all; changes ``state``. Returns the steps that changed it, and the metrics of each client."""
         round_number, index = place
         plans = [list(batches(phase.loop, self._seed, round_number, len(w))) for w in windows]
+        if phase.when:
+            runs = state[phase.when] > 0.5
+            plans = [plan if run else [] for plan, run in zip(plans, runs.tolist(), strict=True)]
         scalars = {n: torch.tensor(v, dtype=torch.float32, device=self._device) for n, v in phase.scalars}
         totals: dict[str, Tensor] = {}
         changes = False

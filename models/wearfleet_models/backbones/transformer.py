@@ -17,6 +17,7 @@ from wearfleet_protos.errors import ConfigError
 
 from wearfleet_models.backbones.attention import attend
 from wearfleet_models.layers import Dropout
+from wearfleet_models.low_rank import LowRankQkv
 
 __all__ = ["Transformer"]
 
@@ -36,6 +37,7 @@ class Transformer(nn.Module):
         feedforward: width of the feed-forward blocks.
         dropout: share of dropped activations.
         strict: with the faults of the original.
+        rank: of low-rank additions to queries and values; 0 for none.
         first_salt: of the dropout masks; two are used a layer.
 
     Raises:
@@ -53,6 +55,7 @@ class Transformer(nn.Module):
         feedforward: int = 2048,
         dropout: float = 0.2,
         strict: bool = False,
+        rank: int = 0,
         first_salt: int = 0,
     ) -> None:
         super().__init__()
@@ -65,7 +68,14 @@ class Transformer(nn.Module):
         scale, reach = (math.sqrt(channels), _STRICT_REACH) if strict else (math.sqrt(width // heads), None)
         self.layers = nn.ModuleList(
             _EncoderLayer(
-                width, heads, feedforward, dropout, salt=first_salt + 2 * index, scale=scale, reach=reach
+                width,
+                heads,
+                feedforward,
+                dropout,
+                salt=first_salt + 2 * index,
+                scale=scale,
+                reach=reach,
+                rank=rank,
             )
             for index in range(layers)
         )
@@ -104,12 +114,13 @@ class _EncoderLayer(nn.Module):
         salt: int,
         scale: float,
         reach: int | None,
+        rank: int,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.scale = scale
         self.reach = reach
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = LowRankQkv(width, rank) if rank else nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm1 = nn.LayerNorm(width)
         self.expand = nn.Linear(width, feedforward)

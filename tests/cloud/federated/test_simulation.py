@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "perfedavg": {"form": "hessian_free", "batch_size": 5, "delta": 0.1},
     "scaffold": {"epochs": 2},
     "local": {"epochs": 2},
+    "zoopfl": {"width": 6, "code_width": 2, "reconstruction_rounds": 1, "estimator": "random"},
 }
 
 
