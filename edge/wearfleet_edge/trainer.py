@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
+from wearfleet_protos.batching import batches, part_of, rng_key
 from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError
-from wearfleet_protos.plan import Phase, Plan, batches, part_of, rng_key
+from wearfleet_protos.plan import Phase, Plan
 from wearfleet_protos.privacy import protected, secret_generator
 from wearfleet_protos.tensors import Digest, check_finite, digest_of
 

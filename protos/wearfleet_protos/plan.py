@@ -1,18 +1,18 @@
 """The plan: a federated algorithm as data. A short program of ONNX graphs over named tensors with roles.
 
-A device runs it with ONNX Runtime and NumPy alone and never learns the algorithm's name from it. This file
-also fixes the two things on which torch and the device must agree to the bit: the order of the windows
-(:func:`shuffle_order`) and the key of the counter-based random numbers of a step (:func:`rng_key`).
+A device runs it with ONNX Runtime and NumPy alone and never learns the algorithm's name from it. The order of the
+windows and the keys of random numbers, on which torch and the device must agree to the bit, are in ``batching``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
+from typing import Any, Final, Literal, cast, get_args
 
 import numpy as np
 
+from wearfleet_protos.batching import Split
 from wearfleet_protos.canonical import canonical_json, parse_json, take
 from wearfleet_protos.codecs import FLOAT32, UpdateCodec, UpdateFormat
 from wearfleet_protos.errors import ProtocolError, WearfleetError
@@ -26,11 +26,6 @@ from wearfleet_protos.tensors import (
     parse_digest,
 )
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from wearfleet_protos.windowing import LabelledWindows
-
 __all__ = [
     "BATCH_INPUTS",
     "PLAN_MEDIA_TYPE",
@@ -41,20 +36,13 @@ __all__ = [
     "OutputBinding",
     "Phase",
     "Plan",
-    "Split",
     "UploadSpec",
-    "batches",
-    "part_of",
-    "rng_key",
-    "shuffle_order",
     "tensor_spec_from_json",
 ]
 
 PLAN_MEDIA_TYPE: Final = "application/vnd.wearfleet.plan.v1+json"
 BATCH_INPUTS: Final = ("x", "y", "weight", "rng")
 """x (B, C, T) float32; y (B,) int64; weight (B,) float32, 0 for padding; rng () int64 key of the step."""
-
-Split = Literal["train", "fit", "select", "holdout"]
 
 _MODEL_GROUPS: Final = (TensorGroup.PARAM, TensorGroup.BUFFER)
 _MAX_TENSORS: Final = 10_000
@@ -97,11 +85,11 @@ class Loop:
 
     Args:
         split: ``train`` (the earlier part of the wearer's recording), ``holdout`` (the later part), or a part of
-            ``train``: ``select`` (every fifth window, to decide by) and ``fit`` (the others); see :func:`part_of`.
+            ``train``: ``select`` (every fifth window, to decide by) and ``fit`` (the others); see ``batching.part_of``.
         batch_size: B; the last short batch is padded with zeros of weight 0.
         epochs: passes over the split.
         max_steps: stop after so many steps; 0 means no limit.
-        shuffle: permute the windows each epoch with :func:`shuffle_order`.
+        shuffle: permute the windows each epoch with :func:`wearfleet_protos.batching.shuffle_order`.
     """
 
     split: Split
@@ -445,58 +433,3 @@ def _plan_from_json(value: Mapping[str, Any]) -> Plan:
         budget=Budget(float(budget["seconds"]), int(budget["max_bytes"]), int(budget["min_examples"])),
         seed=int(row["seed"]),
     )
-
-
-def _mix(value: int) -> int:
-    """Scramble 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
-    mask = (1 << 64) - 1
-    value = (value + 0x9E3779B97F4A7C15) & mask
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-    return value ^ (value >> 31)
-
-
-def rng_key(seed: int, round_number: int, phase: int, step: int) -> int:
-    """Key of one step's random numbers: a non-negative integer below 2**31, the same in torch and on the device."""
-    key = _mix(seed & ((1 << 64) - 1))
-    for part in (round_number, phase, step):
-        key = _mix(key ^ part)
-    return key >> 33
-
-
-def shuffle_order(seed: int, round_number: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """(count,) the order of the windows in one epoch; the same in torch and on the device."""
-    generator = np.random.Generator(np.random.PCG64(rng_key(seed, round_number, 0x5BF, epoch)))
-    return generator.permutation(count).astype(np.int64)
-
-
-def part_of(split: Split, train: LabelledWindows, holdout: LabelledWindows) -> LabelledWindows:
-    """The windows of a split; the same on the device and in a simulation.
-
-    Neighbours of a window in ``select`` are in ``fit``, and windows may overlap: what is decided by ``select`` is
-    decided by windows that are not quite new.
-    """
-    if split in ("train", "holdout"):
-        return train if split == "train" else holdout
-    chosen = np.arange(len(train)) % 5 == 4
-    return train.select(chosen if split == "select" else ~chosen)
-
-
-def batches(loop: Loop, seed: int, round_number: int, count: int) -> Iterator[NDArray[np.int64]]:
-    """The window indices of every step of a loop over ``count`` windows; the last of an epoch may be short.
-
-    Yields:
-        (n,) int64 with 1 <= n <= batch_size.
-    """
-    steps = 0
-    for epoch in range(loop.epochs):
-        order = (
-            shuffle_order(seed, round_number, epoch, count)
-            if loop.shuffle
-            else np.arange(count, dtype=np.int64)
-        )
-        for begin in range(0, count, loop.batch_size):
-            if loop.max_steps and steps == loop.max_steps:
-                return
-            steps += 1
-            yield order[begin : begin + loop.batch_size]

@@ -21,8 +21,9 @@ from wearfleet_edge.trainer import (
     start_state,
     upload_tensors,
 )
+from wearfleet_protos.batching import batches
 from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError, ShapeError
-from wearfleet_protos.plan import Budget, OutputBinding, batches
+from wearfleet_protos.plan import Budget, OutputBinding
 from wearfleet_protos.tensors import TensorGroup, digest_of
 from wearfleet_protos.windowing import LabelledWindows, WindowSpec, split_by_time
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from wearfleet_protos.plan import Phase, Plan, batches, part_of, rng_key
+from wearfleet_protos.batching import batches, part_of, rng_key
+from wearfleet_protos.plan import Phase, Plan
 from wearfleet_protos.tensors import Digest
 from wearfleet_protos.windowing import LabelledWindows
 

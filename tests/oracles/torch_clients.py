@@ -6,7 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from wearfleet_models.classifier import Classifier
-from wearfleet_protos.plan import Loop, batches
+from wearfleet_protos.batching import batches
+from wearfleet_protos.plan import Loop
 from wearfleet_protos.windowing import LabelledWindows
 
 Arrays = dict[str, np.ndarray]

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
+from wearfleet_protos.batching import batches, rng_key, shuffle_order
 from wearfleet_protos.errors import IntegrityError, ProtocolError, ShapeError
-from wearfleet_protos.plan import Loop, batches, rng_key, shuffle_order
+from wearfleet_protos.plan import Loop
 from wearfleet_protos.tensors import (
     check_finite,
     decode_tensors,

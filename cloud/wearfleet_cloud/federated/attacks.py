@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from wearfleet_protos.batching import rng_key
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.plan import rng_key
 from wearfleet_protos.tensors import TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays

@@ -5,8 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
+from wearfleet_protos.batching import rng_key
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.plan import rng_key
 
 from wearfleet_cloud.federated.round_events import CohortSelected
 from wearfleet_cloud.federated.round_record import Round, RoundPolicy

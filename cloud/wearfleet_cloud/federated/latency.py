@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from wearfleet_protos.batching import rng_key
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.plan import rng_key
 
 __all__ = ["Latency", "read_recorded"]
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from wearfleet_models.classifier import Classifier
+from wearfleet_protos.batching import batches, part_of, rng_key
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.plan import batches, part_of, rng_key
 from wearfleet_protos.tensors import TensorSpec
 from wearfleet_protos.windowing import LabelledWindows
 
@@ -66,7 +66,7 @@ def run_client(
     state = dict(start)
     metrics: dict[str, float] = {}
     for index, phase in enumerate(program.phases):
-        if phase.when and not float(state[phase.when]) > 0.5:  # noqa: PLR2004 - a switch is 0 or 1
+        if phase.when and not float(state[phase.when]) > 0.5:
             continue
         chosen = part_of(phase.loop.split, windows["train"], windows["holdout"])
         state, sums = _run_phase(phase, state, chosen, (seed, round_number, index))

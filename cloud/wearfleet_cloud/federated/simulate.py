@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from wearfleet_models.classifier import Classifier
+from wearfleet_protos.batching import rng_key
 from wearfleet_protos.errors import AggregationError, ConfigError, ShapeError
-from wearfleet_protos.plan import rng_key
 from wearfleet_protos.tensors import TensorSpec, check_finite
 
 from wearfleet_cloud.data.dataset import Progress, silent

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from wearfleet_protos.batching import rng_key
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.plan import rng_key
 from wearfleet_protos.windowing import LabelledWindows, split_by_time
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 from wearfleet_models.classifier import Classifier
+from wearfleet_protos.batching import batches, part_of, rng_key
 from wearfleet_protos.codecs import FLOAT32, Residual, UpdateFormat
-from wearfleet_protos.plan import batches, part_of, rng_key
 from wearfleet_protos.privacy import protected
 from wearfleet_protos.tensors import TensorSpec
 from wearfleet_protos.windowing import LabelledWindows

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from wearfleet_protos.plan import UploadSpec, rng_key
+from wearfleet_protos.batching import rng_key
+from wearfleet_protos.plan import UploadSpec
 from wearfleet_protos.secagg.identity import KnownKeys, KnownKeySigner, Signer, Verifier
 from wearfleet_protos.secagg.parameters import SecureParameters
 from wearfleet_protos.secagg.vectors import flat, size_of
