@@ -1,5 +1,6 @@
 """Robust rules: equal to slow oracles, identities, what attackers cannot do, first checks, evidence, and memory."""
 
+import json
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,9 +15,12 @@ from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.aggregate import Arrays, Averaging, Contribution, Mean
 from wearfleet_cloud.federated.robust import rules, stack
 from wearfleet_cloud.federated.robust.fold import fold_robustly
-from wearfleet_protos.errors import AggregationError, ConfigError
+from wearfleet_cloud.federated.robust.options import TooFewUpdatesError
+from wearfleet_cloud.federated.round import Round, RoundPolicy, RoundState, advance
+from wearfleet_cloud.federated.round_events import Aggregated, AggregationFailed
+from wearfleet_protos.errors import AggregationError, ConfigError, ProtocolError
 from wearfleet_protos.plan import UploadSpec
-from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
+from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec, digest_of
 
 GROUPS = (TensorGroup.PARAM, TensorGroup.BUFFER)
 ROLES = (TensorRole.SHARED, TensorRole.HEAD, TensorRole.NORM_STAT, TensorRole.COUNTER)
@@ -368,10 +372,11 @@ def test_scaffold_and_a_rule_are_refused_when_the_job_is_made() -> None:
 
 
 def test_a_matrix_in_a_file_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = combine(averaging("bulyan"), sent(normal(12)))
+    tried = (averaging("bulyan"), averaging("median", bucket=2))
+    inside = [combine(rule, sent(normal(12))) for rule in tried]
     monkeypatch.setattr(stack, "_IN_MEMORY", 0)
-    outside = combine(averaging("bulyan"), sent(normal(12)))
-    np.testing.assert_array_equal(trained(outside), trained(inside))
+    for rule, before in zip(tried, inside, strict=True):
+        np.testing.assert_array_equal(trained(combine(rule, sent(normal(12)))), trained(before))
 
 
 @pytest.mark.parametrize("rule", ["median", "krum", "norm-bound"])
@@ -397,3 +402,29 @@ def test_memory_is_a_few_models_when_the_matrix_lies_in_a_file(
     tracemalloc.stop()
     # an update as float64 and float32, the result, and finite checks; 24 updates would be 19.2 MB
     assert peak < 5 * size * 8
+
+
+def test_evidence_is_stored_with_the_round_and_rounds_from_before_have_none() -> None:
+    rows = normal(12)
+    rows[7] = 9.0
+    judged = tuple(j for j in combine(averaging("krum"), sent(rows)).evidence if j.noted)
+    assert len(judged) == 11  # all but the one that Krum chose
+    current = Round("run", 1, digest_of(b""), RoundPolicy(), state=RoundState.AGGREGATING)
+    after, _ = advance(current, Aggregated(digest_of(b"x"), judged=judged), 0.0)
+    stored = json.loads(json.dumps(after.to_dict()))
+    assert Round.from_dict(stored) == after
+    assert after.judged == judged
+    assert Round.from_dict({name: value for name, value in stored.items() if name != "judged"}).judged == ()
+    with pytest.raises(ProtocolError, match="judgement"):
+        Round.from_dict({**stored, "judged": [{"who": "anna"}]})
+
+
+def test_a_skipped_round_keeps_the_evidence_too() -> None:
+    rows = normal(7)
+    rows[2, 3] = np.nan
+    with pytest.raises(TooFewUpdatesError) as caught:
+        combine(averaging("krum"), sent(rows))
+    assert [j.client for j in caught.value.refused] == ["c02"]
+    current = Round("run", 1, digest_of(b""), RoundPolicy(), state=RoundState.AGGREGATING)
+    after, _ = advance(current, AggregationFailed("too few", caught.value.refused), 0.0)
+    assert (after.state, [j.client for j in after.judged]) == (RoundState.SKIPPED, ["c02"])

@@ -29,7 +29,7 @@ from wearfleet_cloud.federated.robust import rules
 from wearfleet_cloud.federated.robust.evidence import OUTLYING, Judgement
 from wearfleet_cloud.federated.robust.options import TooFewUpdatesError, check_bound
 from wearfleet_cloud.federated.robust.rules import Combined
-from wearfleet_cloud.federated.robust.stack import Layout, Stack, stacked
+from wearfleet_cloud.federated.robust.stack import Layout, Stack, room, stacked
 from wearfleet_cloud.kernels.robust import coordinate_median, squared_norms, weighted_mean
 
 __all__ = ["robust_mean"]
@@ -143,7 +143,7 @@ def _buckets(stack: Stack, size: int) -> list[list[int]]:
 
 
 def _bucket_means(rows: Tensor, members: Sequence[Sequence[int]]) -> Tensor:
-    means = torch.empty((len(members), rows.shape[1]), dtype=rows.dtype)
+    means = torch.from_numpy(room((len(members), rows.shape[1]), rows.numpy().dtype))
     for place, own in enumerate(members):
         means[place] = weighted_mean(rows[list(own)], torch.ones(len(own)))
     return means

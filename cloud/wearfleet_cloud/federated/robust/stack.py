@@ -17,7 +17,7 @@ from wearfleet_protos.tensors import TensorRole, TensorSpec
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution, check_update, check_variances
 from wearfleet_cloud.federated.robust.evidence import Judgement
 
-__all__ = ["Layout", "Stack", "stacked"]
+__all__ = ["Layout", "Stack", "room", "stacked"]
 
 _IN_MEMORY: Final = 512 << 20
 _MOST_COUNTED: Final = 2**31
@@ -127,6 +127,14 @@ def stacked(
     return stack
 
 
+def room(shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A matrix without values, in memory or, if it is large, in a file without a name."""
+    if shape[0] * shape[1] * dtype.itemsize <= _IN_MEMORY:
+        return np.empty(shape, dtype)
+    with tempfile.TemporaryFile() as file:  # the mapping outlives the descriptor
+        return np.memmap(file, dtype, "w+", shape=shape)
+
+
 def _size(spec: TensorSpec) -> int:
     return int(np.prod(spec.shape, dtype=np.int64))
 
@@ -134,11 +142,7 @@ def _size(spec: TensorSpec) -> int:
 def _matrix(count: int, specs: Iterable[TensorSpec]) -> NDArray[Any]:
     known = tuple(specs)
     dtype = np.result_type(np.float32, *(np.dtype(s.dtype) for s in known))
-    shape = (count, sum(_size(s) for s in known))
-    if count * shape[1] * dtype.itemsize <= _IN_MEMORY:
-        return np.empty(shape, dtype)
-    with tempfile.TemporaryFile() as file:  # the mapping outlives the descriptor
-        return np.memmap(file, dtype, "w+", shape=shape)
+    return room((count, sum(_size(s) for s in known)), dtype)
 
 
 def _fill(row: NDArray[Any], update: Arrays, specs: Iterable[TensorSpec], scale: float) -> None:
