@@ -36,7 +36,6 @@ ADDITIONS: Final = (
     "secagg",
     "central_dp",
     "local_dp",
-    "record_dp",
     "robust",
     "compression",
     "async",

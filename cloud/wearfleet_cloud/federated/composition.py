@@ -46,7 +46,7 @@ UNSOUND_PAIRS: Final[Mapping[frozenset[str], str]] = {
     ),
     frozenset({"central_dp", "robust"}): (
         "the noise is calibrated for a mean of clipped updates, and one client can move what a robust rule selects by "
-        "more than that; clipping already bounds every client, so use rule=mean, or local or record-level privacy"
+        "more than that; clipping already bounds every client, so use rule=mean, or local privacy"
     ),
     frozenset({"central_dp", "async"}): (
         "the accountant counts one participation of a client a round, and a buffer may hold a fast client again and "
@@ -59,7 +59,6 @@ _MIXTURES: Final[Mapping[str, str]] = {
     "secagg": "a client's mixture is made of single models, which a sum does not show; use fedbn or ditto",
     "central_dp": "noise in a sum protects none of the single models that mixtures are made of; use fedbn or ditto",
     "local_dp": "clients are compared by small statistics that the noise would drown; use fedbn or ditto",
-    "record_dp": "the statistics of layers that clients are compared by are not noised; use fedper or ditto",
     "robust": "a rule makes one model for all; a mixture weighs strange models low by itself; use ditto for a bound",
     "async": "a mixture is made of models of one version; use fedbuff, or ditto in rounds",
 }
@@ -67,7 +66,6 @@ _RING: Final[Mapping[str, str]] = {
     "secagg": "a ring has no sum: each model goes to the next client alone; use fedavg",
     "central_dp": "a ring has no sum that the server could noise; use fedavg",
     "local_dp": "noise would add up at every hop of the ring; use fedavg",
-    "record_dp": "models are handed on and tuned by teachers whose steps are not noised; use fedavg",
     "robust": "poison travels the ring from client to client and no rule sees two models; use fedavg or ditto",
     "compression": "what a codec leaves out is missing in the next client's model, not averaged away; leave it off",
     "async": "a ring has one client at work at a time; use fedbuff",

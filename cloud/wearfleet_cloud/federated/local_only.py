@@ -20,5 +20,5 @@ class LocalOnly(AveragingStrategy):
         paper="none; baseline",
         uploaded=(),
         kept_local=LEARNED_ROLES,
-        composes_with=("record_dp", "async", "partial_participation"),
+        composes_with=("async", "partial_participation"),
     )

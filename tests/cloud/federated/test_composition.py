@@ -21,7 +21,7 @@ UNSOUND = {
     *(
         (name, addition)
         for name in ("epfl", "fedap", "fedhealth2", "metafed")
-        for addition in ("secagg", "central_dp", "local_dp", "record_dp", "robust", "async")
+        for addition in ("secagg", "central_dp", "local_dp", "robust", "async")
     ),
     ("metafed", "compression"),
     *(("local", addition) for addition in ("secagg", "central_dp", "local_dp", "robust", "compression")),
