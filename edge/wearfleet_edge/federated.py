@@ -158,7 +158,6 @@ class FederatedWorker:
         self._refused_attempt = ""
         self._plans = PlanStore(artifacts, device.keys)
         self._secure: SecureTask | None = None
-        self._joined: dict[str, int] = {}
         self.progress = Progress()
 
     def step(self) -> float:
@@ -256,11 +255,11 @@ class FederatedWorker:
                     "this device sends updates with secure aggregation only (federation.secure_only)"
                 )
             return
-        if task.round_number <= self._joined.get(task.run_id, 0):
+        if task.round_number <= self._local.last_joined(task.run_id):
             raise DeniedError(f"this device shared keys for round {task.round_number} or a later one before")
         from wearfleet_edge.secure_task import SecureTask  # noqa: PLC0415  slow to import
 
-        self._joined[task.run_id] = task.round_number
+        self._local.note_joined(task.run_id, task.round_number)
         member, specs, wait = self._device.member(), plan.upload_specs(), self._device.wait
         self._secure = SecureTask(self._cloud, task, member, specs, backoff=self._backoff, wait=wait)
         self._secure.share_keys()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["LocalState", "PendingResult", "PersonalOrigin", "encode_personal"]
 
 _KEPT_RUNS = 4
+_KEPT_JOINED = 1000
 _PARTS = ("update", "local", "personal", "residual")
 
 
@@ -69,8 +70,34 @@ class LocalState:
         self._pending = state.federated / "pending"
         self._runs = state.federated / "runs"
         self._residuals = state.federated / "residuals"
+        self._joined = state.federated / "joined.json"
         for folder in (self._pending, self._runs, self._residuals):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def last_joined(self, run_id: str) -> int:
+        """The last round of a run for which this device shared keys of secure aggregation; 0 for none.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        return dict(self._joined_rounds()).get(run_id, 0)
+
+    def note_joined(self, run_id: str, round_number: int) -> None:
+        """Remember that this device shares keys for a round, of the latest runs only.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        others = [row for row in self._joined_rounds() if row[0] != run_id]
+        write_json(self._joined, {"rounds": [*others, (run_id, round_number)][-_KEPT_JOINED:]})
+
+    def _joined_rounds(self) -> list[tuple[str, int]]:
+        if not self._joined.exists():
+            return []
+        try:
+            return [(str(run_id), int(number)) for run_id, number in read_json(self._joined)["rounds"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self._joined}: damaged ({error!r}); delete it") from error
 
     def local_tensors(self, run_id: str, specs: Iterable[TensorSpec]) -> tuple[Tensors, bool]:
         """Tensors kept from the last counted round of a run.

@@ -12,7 +12,7 @@ from edge.device_bench import Bench
 from edge.tiny_graphs import make_plan
 from secure_rounds import Conversation, Group, names, parameters
 from wearfleet_cloud.federated.privacy.secagg_server import InputMasked, Stage, unmask
-from wearfleet_protos.errors import ConflictError, TransportError
+from wearfleet_protos.errors import ConflictError, DataError, TransportError
 from wearfleet_protos.secagg.vectors import flat, size_of
 from wearfleet_protos.secagg.words import words_of, words_spec
 from wearfleet_protos.tensors import decode_tensors
@@ -158,6 +158,7 @@ def test_the_same_round_is_joined_once_whatever_the_service_says(bench):
         bench.worker.step()
     bench.local.discard()
     bench.cloud.broken.clear()
+    bench.restart()  # not even after the agent was started again
     count = len(bench.peers.answers)
     bench.worker.step()
     assert len(bench.peers.answers) == count
@@ -226,3 +227,13 @@ def test_a_device_that_stops_while_it_waits_for_the_others_stops(bench):
         bench.worker.step()
     assert time.monotonic() - begin < 5
     assert bench.cloud.declined == []
+
+
+def test_the_last_rounds_of_the_latest_runs_are_remembered_and_a_damaged_file_is_named(bench, monkeypatch):
+    monkeypatch.setattr("wearfleet_edge.local_state._KEPT_JOINED", 3)
+    for run_id in ("a", "b", "c", "a", "d"):
+        bench.local.note_joined(run_id, bench.local.last_joined(run_id) + 1)
+    assert [bench.local.last_joined(run_id) for run_id in "abcd"] == [2, 0, 1, 1]
+    (bench.state.federated / "joined.json").write_text('{"rounds": 3}')
+    with pytest.raises(DataError, match="delete it"):
+        bench.local.last_joined("a")
