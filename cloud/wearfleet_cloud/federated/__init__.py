@@ -9,6 +9,7 @@ from wearfleet_protos.errors import ConfigError
 from wearfleet_cloud.federated.base import AveragingStrategy, Strategy
 from wearfleet_cloud.federated.composition import check_composition
 from wearfleet_cloud.federated.ditto import Ditto
+from wearfleet_cloud.federated.epfl import EPFL
 from wearfleet_cloud.federated.fedadagrad import FedAdagrad
 from wearfleet_cloud.federated.fedadam import FedAdam
 from wearfleet_cloud.federated.fedap import FedAP
@@ -33,6 +34,7 @@ __all__ = ["STRATEGIES", "create_strategy", "default_options"]
 
 STRATEGIES: Final[Mapping[str, type[AveragingStrategy]]] = {
     "ditto": Ditto,
+    "epfl": EPFL,
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedap": FedAP,
