@@ -142,7 +142,7 @@ class Mean:
         values: float64 (counters in their own type) by name; differences where differences were sent.
         clients: in the order of folding; who was refused is not among them.
         num_examples: of all clients together.
-        evidence: a robust rule's judgement of each client, by name.
+        evidence: a robust rule's judgement of each client, by name; of a mean only who was refused.
         memory: what the robust rule keeps for its next aggregation.
     """
 
@@ -197,7 +197,8 @@ def weighted_mean(
 
     sum_i w_i s_i y_i, with y_i what client i sent and s_i its scale. Statistics of normalisation come in pairs, mean
     then variance, in the order of ``specs``; with moments v = sum_i w_i (v_i + (mu_i - mu)^2). Counters take the
-    largest. A server optimiser never touches either.
+    largest. A server optimiser never touches either. A client whose update would make a variance negative is left out:
+    the service cannot see that when the update comes, and one client must not be able to end the round.
 
     Args:
         specs: the plan's tensors in their order (``Plan.tensors``).
@@ -207,7 +208,8 @@ def weighted_mean(
         averaging: weights.
 
     Raises:
-        AggregationError: no contributions, a client twice, a count below one, or an update that does not fit.
+        AggregationError: no contributions, a client twice, a count below one, an update that does not fit, or none
+            whose variances can be used.
 
     Source:
         McMahan et al. 2017, arXiv:1602.05629, algorithm 1; pooled moments: specs/federated.md 0.4.
@@ -219,16 +221,26 @@ def weighted_mean(
     pairs = statistic_pairs(wanted)
     pooled = pairs if averaging.statistics == "moments" else {}
     means = {spec.name: _start(spec) for spec in wanted}
+    start = current if upload.form == "delta" else {}
+    counted: list[Contribution] = []
+    refused: list[Judgement] = []
     weight_before = 0.0
     for contribution in ordered:
         update = contribution.load()
         check_update(update, wanted, client=contribution.client)
-        check_variances(contribution.client, update, current if upload.form == "delta" else {}, pairs)
+        try:
+            check_variances(contribution.client, update, start, pairs)
+        except AggregationError as error:
+            refused.append(Judgement(contribution.client, "refused", str(error), suspect=True))
+            continue
+        counted.append(contribution)
         weight = float(contribution.num_examples) if averaging.weighting == "examples" else 1.0
         weight_before += weight
         _fold(wanted, pooled, means, update, (weight / weight_before, contribution.scale))
-    clients = tuple(member for c in ordered for member in c.members or (c.client,))
-    return Mean(means, clients, sum(c.num_examples for c in ordered))
+    if not counted:
+        raise AggregationError(refused[0].reason)
+    clients = tuple(member for c in counted for member in c.members or (c.client,))
+    return Mean(means, clients, sum(c.num_examples for c in counted), tuple(refused))
 
 
 def moved(current: Arrays, mean: Mean, upload: UploadSpec) -> dict[str, NDArray[np.generic]]:

@@ -205,6 +205,19 @@ def test_a_difference_that_makes_a_variance_negative_is_refused() -> None:
     average(SPECS, DELTA, CURRENT, [from_client("a", 1, changed("v", [-1.0, 0]))])
 
 
+def test_one_negative_variance_costs_its_client_alone_and_names_it() -> None:
+    bad = from_client("b", 1000, changed("v", [-1.5, 0]))
+    honest = [from_client("a", 1, GOOD), from_client("c", 3, changed("w", [1, 2, 3]))]
+    found = average(SPECS, DELTA, CURRENT, [*honest, bad])
+    without = average(SPECS, DELTA, CURRENT, honest)
+    for name, array in without.tensors.items():
+        np.testing.assert_array_equal(found.tensors[name], array)
+    assert (found.mean.clients, found.mean.num_examples) == (("a", "c"), 4)
+    (judgement,) = found.mean.evidence
+    assert (judgement.client, judgement.verdict, judgement.suspect) == ("b", "refused", True)
+    assert without.mean.evidence == ()
+
+
 def test_a_model_that_is_not_the_plans_is_refused() -> None:
     with pytest.raises(AggregationError, match="not those of the plan"):
         average(SPECS, VALUE, {n: a for n, a in CURRENT.items() if n != "w"}, [from_client("a", 1, GOOD)])
