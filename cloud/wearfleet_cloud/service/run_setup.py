@@ -23,7 +23,7 @@ from wearfleet_protos.tensors import (
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.cohort import policies_of
-from wearfleet_cloud.federated.privacy.central import check_private
+from wearfleet_cloud.federated.privacy.central import check_plan
 from wearfleet_cloud.fleet.registry import ONNX_MEDIA_TYPE
 from wearfleet_cloud.fleet.signing import SigningKeys
 from wearfleet_cloud.service.run_context import RunSettings
@@ -103,7 +103,7 @@ def start_run(
     """
     strategy = create_strategy(plan.strategy, settings.options)
     _check_codec(strategy, plan)
-    check_private(strategy, plan.tensors)
+    check_plan(strategy, plan)
     cohort, policy = policies_of(strategy.buffering, settings.cohort, settings.policy)
     cohort, policy = strategy.secure.policies(cohort, policy)
     settings = replace(settings, cohort=cohort, policy=policy)

@@ -9,6 +9,7 @@ from oracles.small_federation import CONTRACT, model, splits
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.plan_builder import build_plan
+from wearfleet_cloud.federated.privacy.central import check_plan
 from wearfleet_cloud.federated.simulate import Population, Simulation, simulate
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 from wearfleet_cloud.federated.stacked_clients import StackedClients
@@ -75,6 +76,21 @@ def test_local_privacy_needs_a_fixed_clip(options: dict[str, object]) -> None:
 def test_statistics_of_normalisation_are_refused() -> None:
     with pytest.raises(ConfigError, match="fedbn"):
         build_plan(made(), model("cnn"), CONTRACT, plan_id="p")
+
+
+def test_a_run_is_refused_whose_plan_has_other_noise_than_its_options() -> None:
+    """The ledger would count on noise that no device adds."""
+    bare, _ = build_plan(create_strategy("fedavg", {}), START, CONTRACT, plan_id="p")
+    noisy, _ = build_plan(made(clip=0.5), START, CONTRACT, plan_id="p")
+    check_plan(made(clip=0.5), noisy)
+    check_plan(create_strategy("fedavg", {}), bare)
+    for strategy, plan in (
+        (made(clip=0.5), bare),
+        (made(clip=0.4), noisy),
+        (create_strategy("fedavg", {}), noisy),
+    ):
+        with pytest.raises(ConfigError, match="same --set"):
+            check_plan(strategy, plan)
 
 
 def test_a_device_turns_a_plan_down_that_is_weaker_than_it_allows() -> None:

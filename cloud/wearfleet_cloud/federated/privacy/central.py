@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from wearfleet_protos.errors import AggregationError, ConfigError
-from wearfleet_protos.plan import UploadSpec
+from wearfleet_protos.plan import Plan, UploadSpec
 from wearfleet_protos.privacy import clipped, joint_norm, secret_generator
 from wearfleet_protos.tensors import TensorRole, TensorSpec
 
@@ -28,7 +28,7 @@ from wearfleet_cloud.federated.privacy.accounting import require_library
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.robust.fold import fold_robustly
 
-__all__ = ["ClippedMean", "check_private", "check_upload", "fold", "next_clip"]
+__all__ = ["ClippedMean", "check_plan", "check_private", "check_upload", "fold", "next_clip"]
 
 _CLIP: Final = "privacy/clip"
 _ROUNDS: Final = "privacy/rounds"
@@ -161,6 +161,26 @@ def check_private(strategy: Strategy, specs: Sequence[TensorSpec]) -> None:
     if strategy.privacy.dp != "off":
         require_library()
         check_upload(specs, strategy.info.upload())
+
+
+def check_plan(strategy: Strategy, plan: Plan) -> None:
+    """Refuse a plan whose devices would not do what the run's ledger counts on.
+
+    Args:
+        strategy: with the run's options.
+        plan: what devices will get.
+
+    Raises:
+        ConfigError: clip or noise of the plan are not those of the options, or as :func:`check_private`.
+    """
+    check_private(strategy, plan.tensors)
+    has = plan.upload.clip, plan.upload.noise
+    needs = strategy.privacy.device_clip, strategy.privacy.device_noise
+    if has != needs:
+        raise ConfigError(
+            f"the plan lets devices clip to {has[0]:g} and add noise of {has[1]:g}, the options of the run ask for "
+            f"{needs[0]:g} and {needs[1]:g}; build the plan with the same --set"
+        )
 
 
 def check_upload(specs: Sequence[TensorSpec], upload: UploadSpec) -> None:
