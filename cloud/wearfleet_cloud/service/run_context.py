@@ -73,7 +73,7 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class ActiveRun:
-    """What does not change while a run goes on; ``upload_specs`` of what devices send, masked if the run is secure."""
+    """What does not change while a run goes on; ``update_format`` of what devices send, masked if the run is secure."""
 
     row: RunRow
     settings: RunSettings
