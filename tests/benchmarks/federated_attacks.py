@@ -148,25 +148,23 @@ def wanted() -> Iterator[tuple[int, str, float, str]]:
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Mean and range over the seeds of the mean accuracy over clients, in per cent."""
-    cases = [
-        (attack, str(int(share * CLIENTS))) for attack, share in sorted(CASES, key=lambda c: (c[0], c[1]))
-    ]
-    cases.sort(key=lambda case: case[0] != "none")
-    head = ["rule", *(f"{a}, {n} of {CLIENTS}" if a != "none" else "no attack" for a, n in cases)]
-    lines = [head, ["---"] * len(head)]
-    for rule in RULES:
-        cells = []
-        for attack, number in cases:
-            own = [r for r in rows if (r["rule"], r["attack"], r["attackers"]) == (rule, attack, number)]
-            scores = [100 * float(r["global"]) for r in own if r.get("global")]
-            if scores:
-                mark = "" if len(scores) == len(SEEDS) else f" [{len(scores)} seed{'s' * (len(scores) > 1)}]"
-                cells.append(f"{statistics.mean(scores):.1f} ({min(scores):.0f}-{max(scores):.0f}){mark}")
-            else:
-                cells.append("skipped" if own else "not run")
-        lines.append([rule, *cells])
+    """Mean and range over the seeds of the mean accuracy over clients, in per cent; a line an attack."""
+    lines = [["attack", *RULES], ["---"] * (1 + len(RULES))]
+    for attack, share in sorted(CASES, key=lambda case: (case[0] != "none", case)):
+        number = str(int(share * CLIENTS))
+        own = [r for r in rows if (r["attack"], r["attackers"]) == (attack, number)]
+        cells = [cell([r for r in own if r["rule"] == rule]) for rule in RULES]
+        lines.append([f"{attack}, {number}" if share else "none", *cells])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def cell(rows: Sequence[Mapping[str, str]]) -> str:
+    """Of one rule under one attack; a star for each seed that is missing."""
+    scores = [100 * float(r["global"]) for r in rows if r.get("global")]
+    if not scores:
+        return "skipped" if rows else "-"
+    missing = "*" * (len(SEEDS) - len(scores))
+    return f"{statistics.mean(scores):.1f} ({min(scores):.0f}-{max(scores):.0f}){missing}"
 
 
 def read(file: Path) -> list[dict[str, str]]:
