@@ -1,6 +1,7 @@
 """What each call does, in our own types; ``rpc.py`` translates from and to messages."""
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from wearfleet_cloud.storage.device_records import note_reported
 
 __all__ = ["ArtifactState", "Artifacts", "Fleet", "Reported", "check_metrics"]
 
+_LOGGER: Final = logging.getLogger(__name__)
 _MOST_METRICS: Final = 256
 _HEARTBEAT_S: Final = 15.0
 
@@ -91,7 +93,7 @@ class Artifacts:
             ConflictError: the offset is not the committed one.
             IntegrityError: a chunk's checksum or the digest of the whole is wrong.
             ProtocolError: a chunk is too large, or more came than announced.
-            TransportError: the same upload is under way on another connection; retryable.
+            TransportError: the same upload is under way on another connection, or the disk is full; retryable.
         """
         digest = parse_digest(digest_text)
         if not self._federation.may_upload(device_id):
@@ -105,6 +107,9 @@ class Artifacts:
         try:
             upload = self._updates.open(device_id, digest, size_bytes, offset)
             return await self._receive(device_id, digest, upload, chunks)
+        except OSError as error:
+            _LOGGER.error("update of %s cannot be stored: %s", device_id, error)  # noqa: TRY400 - says it all
+            raise TransportError(f"update {digest} cannot be stored: {error.strerror}; try again") from error
         finally:
             self._running.discard((device_id, digest))
 
