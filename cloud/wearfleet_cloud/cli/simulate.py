@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from wearfleet_cloud.data.dataset import Progress
     from wearfleet_cloud.data.prepared import Prepared
+    from wearfleet_cloud.export.run_folder import Run
     from wearfleet_cloud.federated.attacks import Attack
     from wearfleet_cloud.federated.base import Strategy
     from wearfleet_cloud.federated.latency import Latency
@@ -106,7 +107,8 @@ def _simulate(
     )
     prepared = prepare(dataset_named(dataset), data_root, cache_dir or default_cache_dir())
     population = _population(prepared, clients, unseen, split=split, alpha=alpha, seed=seed)
-    begin = _model(prepared, population, backbone, seed) if run is None else _trained(run, prepared)
+    trained = None if run is None else _trained(run, prepared)
+    begin = _model(prepared, population, backbone, seed) if trained is None else trained.model
     model = chosen.network(begin, seed)
     honest = _wire(prepared, model, seed) if wire else _stacked(model, seed, stack, device)
     runner = _attacked(honest, attack, population, model, seed)
@@ -121,7 +123,7 @@ def _simulate(
         "cohort": cohort,
         "latency": latency if dropout == 0.0 else f"{latency} dropout {dropout:g}",
         "seed": seed,
-        "begins_with": backbone if run is None else str(run),
+        "begins_with": backbone if trained is None else trained.identity,
         "wire": wire,
         "simulated": prepared.dataset.simulated,
         **_cost(chosen, rounds),
@@ -252,8 +254,8 @@ def _model(prepared: Prepared, population: Population, backbone: str, seed: int)
     return model
 
 
-def _trained(run: Path, prepared: Prepared) -> Classifier:
-    """The model of a training run, for the windows of its own data set."""
+def _trained(run: Path, prepared: Prepared) -> Run:
+    """A training run, for the windows of its own data set."""
     from wearfleet_protos.errors import ConfigError
 
     from wearfleet_cloud.export.run_folder import read_run
@@ -264,7 +266,7 @@ def _trained(run: Path, prepared: Prepared) -> Classifier:
             f"the run was trained on {trained.dataset} with {len(trained.labels)} classes, the clients have "
             f"{prepared.dataset.name} with {len(prepared.dataset.label_names)}; give both the same data"
         )
-    return trained.model
+    return trained
 
 
 def _stacked(model: Classifier, seed: int, stack: int, device: str) -> Callable[[Strategy], Runner]:

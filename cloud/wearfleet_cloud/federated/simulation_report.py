@@ -22,6 +22,7 @@ KEY: Final = (
     "cohort",
     "latency",
     "seed",
+    "begins_with",
     "wire",
 )
 """What makes a run another one; a run that is made again replaces its row."""
