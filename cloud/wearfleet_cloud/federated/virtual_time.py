@@ -50,7 +50,7 @@ class VirtualRound:
         published: False when it was skipped.
         counted: in the order of arrival; empty when it was skipped.
         tasks: how many were given.
-        lost: clients that were given up.
+        lost: how often a client was given up.
         ended_s: virtual time since the start of the run.
     """
 
@@ -82,6 +82,7 @@ class VirtualRun:
     seed: int
     lease_s: float
     _now: float = 0.0
+    _lost: int = 0
     _round: Round | None = None
     _coming: list[tuple[float, str, int, bool]] = field(default_factory=list)
     _tasks: dict[str, int] = field(default_factory=dict)
@@ -96,7 +97,7 @@ class VirtualRun:
         Raises:
             ConfigError: there are too few clients for it to begin.
         """
-        before = self._round
+        before, self._lost = self._round, 0
         current = (
             Round("simulation", 1, _BASE, self.policy) if before is None else next_round(before, _attempt)
         )
@@ -111,11 +112,14 @@ class VirtualRun:
         while current.state == RoundState.RUNNING:
             chosen = substitutes(current, self.examples.keys(), self.seed, current.free_slots)
             current = self._tell(current, SlotsGivenAway((), chosen)) if chosen else current
+            for client in current.lost[: current.free_slots] if current.policy.buffered else ():
+                current = self._tell(current, TaskFetched(client))  # it asks again, and nobody else is there
+                self._begin(client, current.number)
             current = self._next_instant(current)
         if current.state == RoundState.AGGREGATING:
             current = self._tell(current, Aggregated(digest_of(b"%d" % current.number)))
         self._round = current
-        return _ended(current, self._now)
+        return _ended(current, self._lost, self._now)
 
     def _tell(self, current: Round, event: Event) -> Round:
         """The round after an event now; whoever it invites fetches the task at once."""
@@ -141,6 +145,7 @@ class VirtualRun:
             _, client, number, lost = heapq.heappop(self._coming)
             if self._working.get(client) == number:
                 del self._working[client]
+                self._lost += lost
                 current = self._tell(
                     current, SlotsGivenAway((client,), ()) if lost else self._sent(client, number)
                 )
@@ -157,9 +162,9 @@ def _attempt(number: int, client: str) -> str:
     return f"{number} {client}"
 
 
-def _ended(closed: Round, now: float) -> VirtualRound:
+def _ended(closed: Round, lost: int, now: float) -> VirtualRound:
     published = closed.state == RoundState.PUBLISHED
     counted = tuple(
         Counted(r.client, int(r.attempt.split()[0]), r.staleness) for r in closed.receipts if published
     )
-    return VirtualRound(closed.number, published, counted, len(closed.fetched), len(closed.lost), now)
+    return VirtualRound(closed.number, published, counted, len(closed.fetched), lost, now)
