@@ -46,11 +46,11 @@ from wearfleet_cloud.fleet.signing import SigningKeys
 from wearfleet_cloud.service.directory import Directory
 from wearfleet_cloud.service.folding import Folded, Folding
 from wearfleet_cloud.service.leases import DeviceClass, Leases
-from wearfleet_cloud.service.live import FinishedRound, LiveState
+from wearfleet_cloud.service.live import LiveState
 from wearfleet_cloud.service.metrics import Metrics
 from wearfleet_cloud.service.privacy_budget import PrivacyBudget
+from wearfleet_cloud.service.round_display import RoundDisplay
 from wearfleet_cloud.service.round_keeper import RoundKeeper, first_round, kept_round, successor
-from wearfleet_cloud.service.round_view import accuracy, finished_round, round_view
 from wearfleet_cloud.service.run_context import ActiveRun, load_run
 from wearfleet_cloud.service.secure_rounds import SecureRounds
 from wearfleet_cloud.service.updates import UpdateStore
@@ -77,7 +77,6 @@ _LOGGER: Final = logging.getLogger(__name__)
 _RETRY_S: Final = 1.0
 _GATHER_S: Final = 0.005
 """A submission that is not the last one waits so long for others, because a transaction costs as much for all."""
-_SHOW_S: Final = 0.1
 
 Work = Callable[[Connection], None]
 Submitted = tuple[RoundKeeper, Event, Submission, "asyncio.Future[Answer | None]"]
@@ -126,19 +125,18 @@ class Coordinator:
         self.secure = SecureRounds(parts.verifier, parts.updates, self._leave_out)
         self._folding = Folding(parts.blobs, parts.updates, parts.on_tensors)
         self._budget = PrivacyBudget()
-        self._history: tuple[FinishedRound, ...] = ()
         self._took_part: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._submitted: list[Submitted] = []
-        self._shown_soon: asyncio.TimerHandle | None = None
+        self.display = RoundDisplay(parts.live, self._present)
 
     async def stop(self) -> None:
         """Let go: waiting devices get their answer, aggregation under way is done again after the next start."""
         self.stopping = True
-        for timer in (self._timer, self._shown_soon):
-            if timer is not None:
-                timer.cancel()
+        self.display.stop()
+        if self._timer is not None:
+            self._timer.cancel()
         self.room.wake_all()
         self.secure.close()
         for task in tuple(self._tasks):
@@ -186,9 +184,9 @@ class Coordinator:
 
     async def choose_clients(self) -> None:
         """Choose the clients of a planned round if enough are there now, or those for free slots of a running one."""
-        if self.keeper is not None and _wants_clients(self.keeper):
+        if self.keeper is not None and self.keeper.wants_clients:
             async with self.lock:
-                if self.keeper is not None and _wants_clients(self.keeper):
+                if self.keeper is not None and self.keeper.wants_clients:
                     self._budget.begin()
                     event = self._choice(self.keeper)
                     if event is not None:
@@ -287,32 +285,11 @@ class Coordinator:
         self._act(keeper, all_effects)
         if ended:
             await self._go_on(keeper, following)
-        self.show()
+        self.display.soon()
         return answers
 
-    def show(self) -> None:
-        """Tell the live page, soon: many changes at once are shown once."""
-        if self._shown_soon is None or self._shown_soon.when() <= asyncio.get_running_loop().time():
-            self._shown_soon = asyncio.get_running_loop().call_later(_SHOW_S, self._show_now)
-
-    def _show_now(self) -> None:
-        run, keeper = self.run, self.keeper
-        if run is None or keeper is None:
-            return
-        live = self._parts.live
-        view = round_view(
-            run,
-            keeper.round,
-            keeper.kind,
-            stages=keeper.stages,
-            submissions=keeper.submissions,
-            history=self._history,
-        )
-        live.on_round(view)
-        for device_id, submission in keeper.submissions.items():
-            base = accuracy(submission.metrics, "base")
-            if base is not None:
-                live.on_accuracy(device_id, base, accuracy(submission.metrics, "evaluate_after"))
+    def _present(self) -> tuple[ActiveRun, RoundKeeper] | None:
+        return None if self.run is None or self.keeper is None else (self.run, self.keeper)
 
     def _entries(self, keeper: RoundKeeper, current: Round) -> list[Work]:
         """What a round's new state writes into the ledger of privacy."""
@@ -352,13 +329,8 @@ class Coordinator:
         return following
 
     async def _go_on(self, closed: RoundKeeper, following: RoundKeeper | None) -> None:
-        metrics, seconds = self._parts.metrics, (time.time_ns() - closed.opened_ns) * 1e-9
-        metrics.rounds.labels(str(closed.round.state)).inc()
-        metrics.round_seconds.observe(seconds)
-        if closed.kind == "train":
-            finished = finished_round(closed.round.number, closed.submissions, seconds)
-            self._history = (*self._history, finished)
-        self._show_now()
+        self._parts.metrics.rounds.labels(str(closed.round.state)).inc()
+        self._parts.metrics.round_seconds.observe(self.display.close(closed))
         if self._timer is not None:
             self._timer.cancel()
         self.secure.close()
@@ -487,28 +459,19 @@ class Coordinator:
         self.run = run
         self.keeper = keepers[-1] if keepers else first_round(run)
         self._took_part = {client for keeper in keepers for client in keeper.round.invited}
-        self._history = tuple(
-            finished_round(k.round.number, k.submissions, ((r.closed_ns or r.opened_ns) - r.opened_ns) * 1e-9)
-            for k, r in zip(keepers, rows, strict=True)
-            if k.closed and k.kind == "train"
-        )
+        self.display.adopt(keepers, rows)
         if not keepers:
             await self._parts.database.run(self.keeper.save(self.keeper.round))
         _LOGGER.info("run %s: round %d of %d", run.run_id, self.keeper.round.number, run.settings.rounds)
         self.secure.adopted(self.keeper)
         self._enter(self.keeper)
-        self.show()
+        self.display.soon()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(_logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: work.close())  # when it was cancelled before it began
-
-
-def _wants_clients(keeper: RoundKeeper) -> bool:
-    planned = keeper.round.state == RoundState.PLANNED
-    return planned or (keeper.kind == "train" and keeper.round.free_slots > 0)
 
 
 async def _logged(work: Coroutine[Any, Any, None]) -> None:

@@ -80,7 +80,7 @@ class Federation:
                     return False
                 await self._coordinator.happen(ClientReturned(device_id))
         keeper.stages[device_id] = stage
-        self._coordinator.show()
+        self._coordinator.display.soon()
         return True
 
     def may_upload(self, device_id: str) -> bool:

@@ -33,6 +33,12 @@ class RoundKeeper:
         """True when nothing can change any more."""
         return self.round.state in TERMINAL
 
+    @property
+    def wants_clients(self) -> bool:
+        """Whether the round has no clients yet, or free slots for more."""
+        planned = self.round.state == RoundState.PLANNED
+        return planned or (self.kind == "train" and self.round.free_slots > 0)
+
     def open_for(self, device_id: str) -> bool:
         """True when this device is invited and has not answered."""
         current = self.round
