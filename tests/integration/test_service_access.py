@@ -17,11 +17,11 @@ from service_harness import (
     call_enrol,
     enrolled_device,
     enrolment_ticket,
-    named_model,
     running_service,
     service_settings,
     signing_request,
 )
+from small_model_file import named_model
 from wearfleet_cloud.fleet.identity import Authority
 from wearfleet_cloud.fleet.registry import Registry
 from wearfleet_cloud.service.state import open_state

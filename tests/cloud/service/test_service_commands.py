@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 import typer
-from service_harness import GRAPH, SHAPES_OF_A_MODEL, begin_run, echo_plan, named_model, service_settings
+from service_harness import GRAPH, begin_run, echo_plan, service_settings
+from small_model_file import SHAPES_OF_A_MODEL, named_model
 from typer.testing import CliRunner
 from wearfleet_cloud.cli import serve
 from wearfleet_cloud.export import write_release
