@@ -29,6 +29,7 @@ from wearfleet_cloud.federated.metafed import MetaFed
 from wearfleet_cloud.federated.perfedavg import PerFedAvg
 from wearfleet_cloud.federated.scaffold import Scaffold
 from wearfleet_cloud.federated.training_options import option_names, parse_options
+from wearfleet_cloud.federated.zoopfl import ZooPFL
 
 __all__ = ["STRATEGIES", "create_strategy", "default_options"]
 
@@ -53,6 +54,7 @@ STRATEGIES: Final[Mapping[str, type[AveragingStrategy]]] = {
     "metafed": MetaFed,
     "perfedavg": PerFedAvg,
     "scaffold": Scaffold,
+    "zoopfl": ZooPFL,
 }
 
 
