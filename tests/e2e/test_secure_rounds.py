@@ -148,4 +148,6 @@ def test_devices_that_ask_for_more_members_decline_and_nothing_is_sent(kit: Kit,
         assert rounds[0] == (1, "train", "skipped")
         assert submitted(fleet, 1) == set()
         for name in PEOPLE:
-            assert fleet.status(name)["federated_declined"] >= 1
+            wait_for(
+                f"{name} says that it declined", lambda name=name: fleet.status(name)["federated_declined"]
+            )
