@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,6 +79,10 @@ def _simulate(
     ] = False,
     stack: Annotated[int, typer.Option("--stack", min=1, help="Clients that advance together.")] = 32,
     device: Annotated[str, typer.Option("--device", help="Of torch: cpu, cuda; not with --wire.")] = "cpu",
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="Address of a Ray cluster that runs the clients; not with --wire."),
+    ] = None,
     data_root: Annotated[
         Path | None,
         typer.Option("--data-root", envvar="WEARFLEET_DATA_ROOT", help="Folder with the distributions."),
@@ -86,6 +91,8 @@ def _simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and no progress.")] = False,
 ) -> None:
     """Simulate a federation on the people of a data set, or on clients with skewed labels."""
+    from wearfleet_protos.errors import ConfigError
+
     from wearfleet_cloud.cli.plan import parse_settings
     from wearfleet_cloud.data import dataset_named
     from wearfleet_cloud.data.prepared import default_cache_dir, prepare
@@ -94,6 +101,8 @@ def _simulate(
     from wearfleet_cloud.federated.round_record import RoundPolicy
     from wearfleet_cloud.federated.simulate import Simulation
 
+    if wire and ray is not None:
+        raise ConfigError("--wire runs on this machine alone; leave --ray or --wire out")
     options = parse_settings(settings or [])
     attack, of_strategy = _attack(options)
     chosen = create_strategy(strategy, of_strategy)
@@ -110,8 +119,6 @@ def _simulate(
     trained = None if run is None else _trained(run, prepared)
     begin = _model(prepared, population, backbone, seed) if trained is None else trained.model
     model = chosen.network(begin, seed)
-    honest = _wire(prepared, model, seed) if wire else _stacked(model, seed, stack, device)
-    runner = _attacked(honest, attack, population, model, seed)
     about: dict[str, object] = {
         "strategy": strategy,
         "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
@@ -128,7 +135,15 @@ def _simulate(
         "simulated": prepared.dataset.simulated,
         **_cost(chosen, rounds),
     }
-    _run(chosen, model, population, simulation, runner, about=about, out=out, as_json=as_json)
+    with ExitStack() as open_things:
+        if wire:
+            honest = _wire(prepared, model, seed)
+        elif ray is not None:
+            honest = _on_ray(ray, model, seed, stack, device=device, open_things=open_things)
+        else:
+            honest = _stacked(model, seed, stack, device)
+        runner = _attacked(honest, attack, population, model, seed)
+        _run(chosen, model, population, simulation, runner, about=about, out=out, as_json=as_json)
 
 
 def _cost(strategy: Strategy, rounds: int) -> dict[str, object]:
@@ -273,6 +288,16 @@ def _stacked(model: Classifier, seed: int, stack: int, device: str) -> Callable[
     from wearfleet_cloud.federated.stacked_clients import StackedClients
 
     return lambda strategy: StackedClients(strategy, model, seed, at_once=stack, device=device)
+
+
+def _on_ray(
+    address: str, model: Classifier, seed: int, stack: int, *, device: str, open_things: ExitStack
+) -> Callable[[Strategy], Runner]:
+    from wearfleet_cloud.federated.ray_clients import RayClients
+    from wearfleet_cloud.ray_cluster import ray_cluster
+
+    cluster = open_things.enter_context(ray_cluster(address, "no --ray"))
+    return lambda strategy: RayClients(cluster, strategy, model, seed, at_once=stack, device=device)
 
 
 def _wire(prepared: Prepared, model: Classifier, seed: int) -> Callable[[Strategy], Runner]:

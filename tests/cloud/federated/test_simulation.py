@@ -14,10 +14,12 @@ from wearfleet_cloud.cli.simulate import device_engine, register
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.cohort import CohortPolicy
+from wearfleet_cloud.federated.ray_clients import RayClients
 from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation, simulate
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient, label_skew
 from wearfleet_cloud.federated.stacked_clients import StackedClients
 from wearfleet_cloud.federated.wire_clients import WireClients
+from wearfleet_cloud.ray_cluster import ray_cluster
 from wearfleet_models.classifier import Classifier
 from wearfleet_protos.errors import AggregationError, ConfigError
 
@@ -100,6 +102,17 @@ def test_what_is_stacked_together_changes_nothing() -> None:
     for tensor, array in apart.tensors.items():  # as above
         error = np.linalg.norm(together.tensors[tensor] - array) / max(float(np.linalg.norm(array)), 1e-3)
         assert error < 4e-5, tensor
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_the_weights_of_one_machine() -> None:
+    here = outcome("fedbn", stacked)
+    with ray_cluster("local", "nothing") as ray:
+        there = outcome("fedbn", lambda s: RayClients(ray, s, network(s), SEED, at_once=2))
+    for tensor, array in here.tensors.items():  # as above; a worker may have another number of threads
+        error = np.linalg.norm(there.tensors[tensor] - array) / max(float(np.linalg.norm(array)), 1e-3)
+        assert error < 4e-5, tensor
+    assert here.modes == there.modes
 
 
 def test_every_mode_is_there_and_unseen_clients_change_nothing() -> None:

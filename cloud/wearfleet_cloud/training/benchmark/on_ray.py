@@ -1,4 +1,4 @@
-"""Spread the runs of a benchmark over the machines of a Ray cluster. Ray is optional and loaded only here.
+"""Spread the runs of a benchmark over the machines of a Ray cluster.
 
 A machine needs this package, the data at the same paths, and nothing of the benchmark's folder: results come back as
 bytes and are written here. What is under way when the benchmark is interrupted is made again from its beginning.
@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from wearfleet_protos.errors import ConfigError
-
+from wearfleet_cloud.ray_cluster import ray_cluster
 from wearfleet_cloud.training.benchmark.execution import Task, perform
 from wearfleet_cloud.training.checkpoint import write_atomically
 from wearfleet_cloud.training.trainer import RESULT_FILE
@@ -31,20 +30,7 @@ def on_ray(tasks: Sequence[Task], address: str) -> Iterator[Task]:
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at the address.
     """
-    try:
-        import ray  # noqa: PLC0415 - optional
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "--ray needs Ray here and on every machine of the cluster: pip install 'wearfleet[cloud,ray]'; "
-            "or use --workers for this machine alone"
-        ) from error
-    try:
-        ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"no Ray cluster at {address!r} ({error}); start one with: ray start --head"
-        ) from error
-    try:
+    with ray_cluster(address, "--workers") as ray:
         remote = ray.remote(carry_out)
         waiting = {
             remote.options(num_gpus=int(task.cells[0].device != "cpu")).remote(task): task for task in tasks
@@ -54,8 +40,6 @@ def on_ray(tasks: Sequence[Task], address: str) -> Iterator[Task]:
             task = waiting.pop(done)
             _write(ray.get(done), task.place.out)
             yield task
-    finally:
-        ray.shutdown()
 
 
 def carry_out(task: Task) -> Files:
