@@ -104,7 +104,7 @@ def test_what_is_stacked_together_changes_nothing() -> None:
         assert error < 4e-5, tensor
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_a_cluster_gives_the_weights_of_one_machine() -> None:
     here = outcome("fedbn", stacked)
     with ray_cluster("local", "nothing") as ray:

@@ -95,7 +95,7 @@ def test_without_ray_the_error_says_what_to_install(
         Execution(workers=2, ray="auto")
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_real_ray_gives_the_rows_of_one_machine(grid: Grid, places: tuple[Place, Place]) -> None:
     here, there = places
     benchmark(grid, here, Execution())
