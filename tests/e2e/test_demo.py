@@ -35,12 +35,16 @@ FEDERATED = {
 
 
 def start_demo(out: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start ``wearfleet-cloud demo`` in a session of its own, as a terminal does."""
+    """Start ``wearfleet-cloud demo`` in a session of its own, as a terminal does.
+
+    A shell that runs the tests in the background makes them, and what they start, deaf to Ctrl-C; a terminal does not.
+    """
     program = Path(sys.executable).with_name("wearfleet-cloud")
     with (out.parent / "demo.log").open("wb") as log:
         return subprocess.Popen(
             [program, "demo", "--out", out, *options],
             stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 - no threads here
         )  # fmt: skip
 
 
