@@ -60,6 +60,7 @@ class StrategyInfo:
         kept_beside: what else stays on the device from round to round, in words.
         uploaded_groups: of the uploaded tensors.
         names_cohort: whether ``Strategy.cohort`` says who takes part; False leaves that to the operator's policy.
+        own_downlinks: whether ``Strategy.received`` makes a model for each client; False sends all the same.
     """
 
     name: str
@@ -73,6 +74,7 @@ class StrategyInfo:
     kept_beside: tuple[str, ...] = ()
     uploaded_groups: tuple[TensorGroup, ...] = (TensorGroup.PARAM, TensorGroup.BUFFER)
     names_cohort: bool = False
+    own_downlinks: bool = False
 
     def upload(self) -> UploadSpec:
         """The upload as the plan states it, but for its codec: differences."""

@@ -56,6 +56,7 @@ class EPFL(MixtureStrategy):
             "layers": "whose factors B are compared: all, first or second (half of them)",
         },
         uploaded_groups=(TensorGroup.PARAM, TensorGroup.BUFFER, TensorGroup.AUX),
+        own_downlinks=True,
     )
     mixed_roles: ClassVar[tuple[TensorRole, ...]] = (TensorRole.LORA_A,)
 

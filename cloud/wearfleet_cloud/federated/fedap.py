@@ -72,6 +72,7 @@ class FedAP(MixtureStrategy):
         composes_with=("compression", "partial_participation"),
         hyper_parameters=FEDAP_OPTIONS,
         uploaded_groups=(TensorGroup.PARAM, TensorGroup.BUFFER, TensorGroup.AUX),
+        own_downlinks=True,
     )
     mixed_roles: ClassVar[tuple[TensorRole, ...]] = (TensorRole.SHARED, TensorRole.HEAD)
 

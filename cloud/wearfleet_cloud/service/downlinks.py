@@ -51,7 +51,7 @@ class Downlinks:
             NotFoundError: the round's tensors or the server's state are gone.
             IntegrityError: a file was changed.
         """
-        if not current.base_state:
+        if not (current.base_state and run.strategy.info.own_downlinks):
             return current.base
         async with self._lock:
             start = self._start

@@ -8,6 +8,7 @@ from oracles.plan_runner import run_plan
 from oracles.small_federation import CONTRACT, arrays, model, splits
 from wearfleet_cloud.federated import STRATEGIES, create_strategy
 from wearfleet_cloud.federated.aggregate import Contribution
+from wearfleet_cloud.federated.base import AveragingStrategy
 from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.reference_client import ClientResult, run_client
 from wearfleet_protos.errors import ConfigError
@@ -189,3 +190,10 @@ REFUSED: dict[str, Callable[[], object]] = {
 def test_wrong_options_are_refused(what: str) -> None:
     with pytest.raises(ConfigError):
         REFUSED[what]()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_a_strategy_decides_itself_is_in_its_info(name: str) -> None:
+    strategy = STRATEGIES[name]
+    assert strategy.info.own_downlinks == (strategy.received is not AveragingStrategy.received)
+    assert strategy.info.names_cohort == (strategy.cohort is not AveragingStrategy.cohort)
