@@ -16,6 +16,7 @@ run bench_inference --out "$results/inference.csv"
 run bench_edge --out "$results/edge.json"
 run bench_plan --csv "$results/plan.csv"
 run bench_training --csv "$results/training.csv"
+run bench_simulation --csv "$results/simulation.csv"
 run bench_page > "$results/page.jsonl"
 run kernels/bench_kernels --device cpu --only coral margin gradient_variance --sizes wearable --dtypes float32 \
   --without-compile --seconds 0.3 --csv "$results/kernels.csv"
