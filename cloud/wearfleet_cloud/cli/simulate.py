@@ -100,6 +100,7 @@ def _simulate(
     from wearfleet_cloud.federated.cohort import CohortPolicy
     from wearfleet_cloud.federated.round_record import RoundPolicy
     from wearfleet_cloud.federated.simulate import Simulation
+    from wearfleet_cloud.federated.simulated_clients import split_hash
 
     if wire and ray is not None:
         raise ConfigError("--wire runs on this machine alone; leave --ray or --wire out")
@@ -124,6 +125,8 @@ def _simulate(
         "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
         "dataset": prepared.dataset.name,
         "split": split if split == "people" else f"{split}({alpha:g})",
+        "split_hash": split_hash([*population.clients, *population.unseen]),
+        "protocol": "last",
         "clients": len(population.clients),
         "unseen": len(population.unseen),
         "rounds": rounds,

@@ -1,5 +1,6 @@
 """Clients of a simulation from the windows of a data set: each person one, or clients whose labels are skewed."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ from wearfleet_protos.windowing import LabelledWindows, split_by_time
 if TYPE_CHECKING:
     from wearfleet_cloud.data.prepared import Prepared
 
-__all__ = ["SimulatedClient", "label_skew", "people"]
+__all__ = ["SimulatedClient", "label_skew", "people", "split_hash"]
 
 _STREAM: Final = 0x51A7
 _HOLDOUT: Final = 0.3
@@ -24,11 +25,37 @@ _MOST_DRAWS: Final = 10_000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SimulatedClient:
-    """Args: name: identity. train: windows to learn from. holdout: windows that are only measured on."""
+    """A client.
+
+    Args:
+        name: identity.
+        train: windows to learn from.
+        holdout: windows that are only measured on.
+        validation: windows that a protocol chooses by, if there are any.
+    """
 
     name: str
     train: LabelledWindows
     holdout: LabelledWindows
+    validation: LabelledWindows | None = None
+
+
+def split_hash(clients: Sequence[SimulatedClient]) -> str:
+    """What says that two runs had the same clients with the same windows in the same parts.
+
+    Returns:
+        64 hexadecimal digits: SHA-256 of, client by client, name, and for train, validation and holdout the number of
+        windows, their numbers (float32, little endian) and their classes (int64, little endian).
+    """
+    digest = hashlib.sha256()
+    for client in clients:
+        digest.update(f"{client.name}\n".encode())
+        for part in (client.train, client.validation, client.holdout):
+            digest.update(f"{0 if part is None else len(part)}\n".encode())
+            if part is not None:
+                digest.update(np.ascontiguousarray(part.x, "<f4").tobytes())
+                digest.update(np.ascontiguousarray(part.y, "<i8").tobytes())
+    return digest.hexdigest()
 
 
 def people(prepared: "Prepared", most: int = 0) -> tuple[SimulatedClient, ...]:
@@ -64,8 +91,8 @@ def label_skew(
 
     The shuffled windows are cut into N / 2 equal blocks, each shared by two clients: per class by a draw of
     Dirichlet(alpha, alpha), a client's share 0 once it holds half of the block; drawn anew until the smaller one has
-    half of its fair share. Each client then learns from 40 % and is measured on 30 %, class by class (the rest is the
-    recipe's validation part). Windows that overlap are torn apart: measured windows share samples with learned ones.
+    half of its fair share. Class by class, each client then learns from 40 %, is measured on 30 % and chooses by the
+    rest. Windows that overlap are torn apart: measured windows share samples with learned ones.
 
     Args:
         x: (N, C, T) windows.
@@ -91,9 +118,8 @@ def label_skew(
     made: list[SimulatedClient] = []
     for begin, end in pairwise(bounds):
         for rows in _shared_by_two(order[begin:end], y, alpha, generator):
-            train, holdout = _parts(rows, y, generator)
-            name = f"client-{len(made):04d}"
-            made.append(SimulatedClient(name, _windows(x, y, train), _windows(x, y, holdout)))
+            parts = (_windows(x, y, part) for part in _parts(rows, y, generator))
+            made.append(SimulatedClient(f"client-{len(made):04d}", *parts))
     return tuple(made)
 
 
@@ -120,15 +146,17 @@ def _shared_by_two(
 
 def _parts(
     rows: NDArray[np.int64], y: NDArray[np.int64], generator: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """40 % to learn from and 30 % to measure on, class by class, each at least one window."""
-    train, holdout = [], []
+) -> tuple[NDArray[np.int64], ...]:
+    """40 % to learn from, 30 % to measure on and the rest to choose by; of a class with few windows in this order."""
+    train, holdout, validation = [], [], []
     for label in np.unique(y[rows]):
         own = generator.permutation(rows[y[rows] == label])
         learned = max(1, round(0.4 * len(own)))
         train.append(own[:learned])
-        holdout.append(own[learned : learned + max(1, round(0.3 * len(own)))])
-    return np.concatenate(train), np.concatenate(holdout)
+        measured = learned + max(1, round(0.3 * len(own)))
+        holdout.append(own[learned:measured])
+        validation.append(own[measured:])
+    return tuple(np.concatenate(part) for part in (train, holdout, validation))
 
 
 def _windows(x: NDArray[np.float32], y: NDArray[np.int64], rows: NDArray[np.int64]) -> LabelledWindows:

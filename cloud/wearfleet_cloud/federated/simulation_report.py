@@ -16,6 +16,7 @@ KEY: Final = (
     "options",
     "dataset",
     "split",
+    "protocol",
     "clients",
     "unseen",
     "rounds",

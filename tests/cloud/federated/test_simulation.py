@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.cohort import CohortPolicy
 from wearfleet_cloud.federated.ray_clients import RayClients
 from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation, simulate
-from wearfleet_cloud.federated.simulated_clients import SimulatedClient, label_skew
+from wearfleet_cloud.federated.simulated_clients import SimulatedClient, label_skew, split_hash
 from wearfleet_cloud.federated.stacked_clients import StackedClients
 from wearfleet_cloud.federated.wire_clients import WireClients
 from wearfleet_cloud.ray_cluster import ray_cluster
@@ -150,14 +152,23 @@ def test_label_skew_gives_each_window_to_one_client_and_fair_sizes(alpha: float)
     x = pool.x.copy()
     x[:, 0, 0] = np.arange(800)  # a window's number travels with it
     clients = label_skew(x, pool.y, 8, alpha, seed=5)
-    numbers = [np.concatenate([c.train.x[:, 0, 0], c.holdout.x[:, 0, 0]]) for c in clients]
-    assert len(np.unique(np.concatenate(numbers))) == sum(map(len, numbers))
+    numbers = [part.x[:, 0, 0] for c in clients for part in (c.train, c.holdout, c.validation)]
+    np.testing.assert_array_equal(np.sort(np.concatenate(numbers)), np.arange(800))
     for client in clients:
         # a client has 50 to 150 of its block's 200 windows and learns from 40 %; rounding by at most 1/2 a class
         assert 0.4 * 50 - CLASSES / 2 <= len(client.train) <= 0.4 * 150 + CLASSES / 2
         np.testing.assert_array_equal(client.train.y, pool.y[client.train.x[:, 0, 0].astype(int)])
     again = label_skew(x, pool.y, 8, alpha, seed=5)
-    assert all(np.array_equal(a.train.x, b.train.x) for a, b in zip(clients, again, strict=True))
+    assert split_hash(again) == split_hash(clients)
+
+
+def test_the_hash_of_a_split_tells_windows_classes_parts_and_names_apart() -> None:
+    (anna, ben, *_), other = CLIENTS, replace(CLIENTS[0], name="ben")
+    swapped = replace(anna, train=anna.holdout, holdout=anna.train)
+    moved = replace(anna, holdout=anna.holdout.select(np.arange(0)), validation=anna.holdout)
+    changed = replace(anna, train=replace(anna.train, y=(anna.train.y + 1) % CLASSES))
+    splits = [[anna, ben], [ben, anna], [anna], [other], [swapped], [moved], [changed]]
+    assert len({split_hash(clients) for clients in splits}) == len(splits)
 
 
 def test_a_smaller_alpha_is_more_skewed() -> None:
@@ -192,7 +203,8 @@ def test_the_command_adds_a_row_a_run_and_replaces_one_that_is_made_again(tmp_pa
         return dict(json.loads(result.output))
 
     row = call("fedavg", "--finetune", "1")
-    assert (row["clients"], row["unseen"], row["simulated"]) == (3, 1, True)
+    assert (row["clients"], row["unseen"], row["simulated"], row["protocol"]) == (3, 1, True, "last")
+    assert re.fullmatch("[0-9a-f]{64}", str(row["split_hash"]))
     assert {
         "global@clients mean",
         "personal@clients worst",
