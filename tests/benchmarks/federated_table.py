@@ -1,9 +1,9 @@
 """Every federated strategy on real people and on skewed labels, over seeds; the rounds are simulated.
 
 Run, from the repository root, with ``WEARFLEET_DATA_ROOT`` set:
-``python tests/benchmarks/federated_table.py run docs/results/federated`` (``--part people|label-skew|frozen`` for one
-of its three tables) makes ``wearfleet-cloud simulate`` once a row; a run that is in ``runs.csv`` is not made again.
-``python tests/benchmarks/federated_table.py table docs/results/federated`` prints the tables.
+``python tests/benchmarks/federated_table.py run docs/results/federated`` (``--part NAME`` for one of its tables:
+people, label-skew, unseen, dsads, usc-had) makes ``wearfleet-cloud simulate`` once a row; a run that is in ``runs.csv``
+is not made again. ``python tests/benchmarks/federated_table.py table docs/results/federated`` prints the tables.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import csv
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-DATASET, SEEDS = "hapt", (0, 1, 2)
-LOCAL = {"epochs": "2", "learning_rate": "0.05", "batch_size": "32"}
+SEEDS = (0, 1, 2)
 COMMON = (
     "local",
     "fedavg",
@@ -40,63 +40,76 @@ EXTRA = {
     "metafed": {"warm_rounds": "5", "laps": "1"},
     "fedbuff": {"buffer_size": "10", "concurrency": "30"},
 }
-FROZEN = {
-    "local": {},
-    "fedavg": {},
-    "fedclip": {"target": "class_soft"},
-    "fedclip identity": {"target": "identity"},
-    "zoopfl": {"estimator": "random"},
+NETWORKS = {"cnn": ["--steps", "600"], "transformer": ["--steps", "600", "--set", "feedforward=256"]}
+UNSEEN = (
+    ("cnn", "local", {}),
+    ("cnn", "fedavg", {}),
+    ("cnn", "fedap", {"weight_source": "pretrained", "reference": "cnn"}),
+    ("cnn", "fedhealth2", {"reference": "cnn"}),
+    ("cnn", "fedclip", {"target": "class_soft"}),
+    ("cnn", "fedclip", {"target": "identity"}),
+    ("cnn", "zoopfl", {"estimator": "random"}),
+    ("transformer", "local", {}),
+    ("transformer", "fedavg", {}),
+    ("transformer", "epfl", {"rank": "4"}),
+)
+"""The network that the runs begin with, strategy and options: six people whom that network's training has not seen."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table: its data, clients, rounds and local training."""
+
+    dataset: str
+    clients: int
+    rounds: int
+    epochs: int
+    rate: float
+    split: tuple[str, ...] = ()
+
+    def command(self, strategy: str, options: dict[str, str]) -> list[str]:
+        """The words of a run, without its seed."""
+        rounds = 5 + self.clients if strategy == "metafed" else self.rounds
+        given = {"epochs": str(self.epochs), "learning_rate": str(self.rate), "batch_size": "32", **options}
+        sets = [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+        tuned = ["--finetune", "2"] if strategy == "fedavg" else []
+        words = ["--strategy", strategy, "--dataset", self.dataset, "--rounds", str(rounds), *sets, *tuned]
+        return [*words, *self.split]
+
+
+PARTS = {
+    "people": Part("hapt", 30, 30, 2, 0.05),
+    "label-skew": Part(
+        "hapt", 20, 30, 2, 0.05, ("--split", "label-skew", "--clients", "20", "--alpha", "0.1")
+    ),
+    "unseen": Part("hapt", 6, 30, 2, 0.01, ("--clients", "6")),
+    "dsads": Part("dsads", 8, 30, 2, 0.05),
+    "usc-had": Part("usc-had", 14, 15, 1, 0.05),
 }
-"""Six people whom the network's training has not seen."""
-
-
-def rounds_of(strategy: str, clients: int) -> int:
-    return 5 + clients if strategy == "metafed" else 30
 
 
 def rows(part: str, folder: Path) -> list[list[str]]:
     """The commands of a part, without the seed."""
+    if part != "unseen":
+        return [PARTS[part].command(name, dict(EXTRA.get(name, {}))) for name in COMMON]
     made = []
-    if part == "frozen":
-        for name, own in FROZEN.items():
-            options = {**LOCAL, "learning_rate": "0.01", **own}
-            made.append(
-                [
-                    *_command(name.split()[0], options, 30),
-                    "--clients",
-                    "6",
-                    "--run",
-                    str(folder / "unseen-run"),
-                ]
-            )
-        return made
-    clients = 30 if part == "people" else 20
-    split = [] if part == "people" else ["--split", "label-skew", "--clients", "20", "--alpha", "0.1"]
-    for name in COMMON:
-        options = {**LOCAL, **EXTRA.get(name, {})}
-        made.append([*_command(name, options, rounds_of(name, clients)), *split])
+    for network, strategy, own in UNSEEN:
+        options = {name: str(_network(folder, v)) if name == "reference" else v for name, v in own.items()}
+        made.append([*PARTS[part].command(strategy, options), "--run", str(_network(folder, network))])
     return made
 
 
-def _command(strategy: str, options: dict[str, str], rounds: int) -> list[str]:
-    sets = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
-    tuned = ["--finetune", "2"] if strategy == "fedavg" else []
-    return ["--strategy", strategy, "--dataset", DATASET, "--rounds", str(rounds), *sets, *tuned]
+def _network(folder: Path, name: str) -> Path:
+    return folder / f"unseen-{name}"
 
 
 def run(part: str, folder: Path) -> None:
-    if part == "frozen" and not (folder / "unseen-run" / "result.json").is_file():
-        arguments = [
-            "--dataset",
-            DATASET,
-            "--scenario",
-            "cross-person",
-            "--target",
-            "0",
-            "--algorithm",
-            "erm",
-        ]
-        _wearfleet("train", *arguments, "--steps", "600", "--out", str(folder / "unseen-run"))
+    if part == "unseen":
+        for name, options in NETWORKS.items():
+            if not (_network(folder, name) / "result.json").is_file():
+                target = ["--dataset", "hapt", "--scenario", "cross-person", "--target", "0"]
+                words = [*target, "--algorithm", "erm", "--backbone", name, *options]
+                _wearfleet("train", *words, "--out", str(_network(folder, name)))
     done = {(r["part"], r["command"]) for r in _read(folder / "runs.csv")}
     for seed in SEEDS:
         for command in rows(part, folder):
@@ -138,8 +151,7 @@ def _append(file: Path, row: dict[str, str]) -> None:
 def table(folder: Path) -> None:
     parts: dict[str, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
     for row in _read(folder / "runs.csv"):
-        target = " identity" if "target=identity" in row["command"] else ""
-        parts[row["part"]][row["strategy"] + target].append(row)
+        parts[row["part"]][_label(row)].append(row)
     for part, strategies in parts.items():
         print(
             f"\n### {part}\n\n| strategy | personal@clients, % | worst tenth, % | global@clients, % | MB up | seeds |"
@@ -150,8 +162,17 @@ def table(folder: Path) -> None:
             cells = [_spread(found, f"{mode} {figure}") for mode, figure in _SHOWN]
             megabytes = _mean(found, "bytes_up") / 1e6
             print(f"| {strategy} | {' | '.join(cells)} | {megabytes:.1f} | {len(found)} |")
-        tuned = [row for row in strategies["fedavg"] if row.get("finetuned(2) mean")]
-        print(f"\nFedAvg, then two local epochs: {_spread(tuned, 'finetuned(2) mean')}")
+        for name, found in strategies.items():
+            if found[0].get("finetuned(2) mean"):
+                print(f"\n{name}, then two local epochs: {_spread(found, 'finetuned(2) mean')}")
+
+
+def _label(row: dict[str, str]) -> str:
+    """The strategy, with what tells two rows of it apart."""
+    words = row["command"].split()
+    own = " identity" if "target=identity" in words else ""
+    started = words[words.index("--run") + 1].rpartition("unseen-")[2] if "--run" in words else ""
+    return row["strategy"] + own + (f", {started}" if started else "")
 
 
 _SHOWN = (("personal@clients", "mean"), ("personal@clients", "worst"), ("global@clients", "mean"))
@@ -171,5 +192,5 @@ if __name__ == "__main__":
     if what == "table":
         table(where)
     else:
-        for chosen in [sys.argv[4]] if len(sys.argv) > 4 else ["people", "label-skew", "frozen"]:
+        for chosen in [sys.argv[4]] if len(sys.argv) > 4 else list(PARTS):
             run(chosen, where)
