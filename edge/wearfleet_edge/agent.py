@@ -35,6 +35,7 @@ from wearfleet_edge.local_state import LocalState
 from wearfleet_edge.memory import release_memory, resident_bytes
 from wearfleet_edge.models import ActiveModel
 from wearfleet_edge.outbox import Outbox
+from wearfleet_edge.own_windows import OwnWindows
 from wearfleet_edge.pipeline import HeaderFactory
 from wearfleet_edge.policy import plan_demands, sharing_policy
 from wearfleet_edge.scores import Scores
@@ -320,8 +321,7 @@ class Agent:
         config = self._options.config.federation
         return Device(
             keys=enrolment.signing_keys,
-            data=self._wearer.training_data,
-            base=self._scores.base,
+            trainer=OwnWindows(self._wearer.training_data, self._scores.base),
             limits=lambda remaining: Limits(
                 seconds=min(config.max_seconds, remaining),
                 memory_bytes=config.max_memory_mb * 1e6,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-import numpy as np
 from wearfleet_protos.codecs import Encoded, Residual
 from wearfleet_protos.errors import (
     ConflictError,
@@ -20,40 +19,52 @@ from wearfleet_protos.errors import (
 )
 from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
 from wearfleet_protos.signing import MAX_SIGNED_BYTES, verify
-from wearfleet_protos.tensors import check_finite, decode_tensors, digest_of, encode_tensors
+from wearfleet_protos.tensors import digest_of, encode_tensors
 
-from wearfleet_edge.local_state import LocalState, PendingResult, PersonalOrigin, encode_personal
+from wearfleet_edge.downloads import Downloads
+from wearfleet_edge.local_state import LocalState, PendingResult, PersonalOrigin
 from wearfleet_edge.memory import release_memory
 from wearfleet_edge.policy import PlanDemands, require_demands
 from wearfleet_edge.pulse import Pulse
-from wearfleet_edge.runtime import Evaluation, Personal, Recogniser
-from wearfleet_edge.trainer import (
-    personal_tensors,
-    run_plan,
-    start_state,
-    upload_tensors,
-)
+from wearfleet_edge.trainer import start_state, upload_tensors
 from wearfleet_edge.transport.backoff import Backoff, with_retries
 from wearfleet_edge.transport.cloud import Receipt, ReceiptStatus, Stage, Submission, Task
 
 if TYPE_CHECKING:
-    from wearfleet_protos.plan import InputContract
+    from wearfleet_protos.tensors import Digest
 
     from wearfleet_edge.artifacts import ArtifactStore
     from wearfleet_edge.models import ActiveModel
+    from wearfleet_edge.runtime import Evaluation
     from wearfleet_edge.secagg_client import Member
     from wearfleet_edge.secure_task import SecureTask
     from wearfleet_edge.slots import InstalledModel
-    from wearfleet_edge.trainer import Limits, PlanResult, Tensors, TrainingData
+    from wearfleet_edge.trainer import Limits, PlanResult, Tensors
     from wearfleet_edge.transport.cloud import Cloud
 
-__all__ = ["Device", "FederatedWorker", "PlanStore", "Progress"]
+__all__ = ["Device", "FederatedWorker", "PlanStore", "Progress", "Trainer"]
 
 _LOG = logging.getLogger(__name__)
 
 _ATTEMPTS: Final = 5
 _AFTER_REFUSAL_SECONDS: Final = 2.0
-_OOD_QUANTILE: Final = 0.95
+
+
+class Trainer(Protocol):
+    """Computes tasks: this device on its wearer's windows, or a whole site that takes part as one device."""
+
+    def run(
+        self, plan: Plan, graphs: Mapping[Digest, bytes], before: Tensors, *, task: Task, limits: Limits
+    ) -> PlanResult:
+        """What a verified plan makes of the state that it starts from; see ``trainer.run_plan`` for its errors."""
+
+    def base(self) -> Evaluation:
+        """Quality of the model as released."""
+
+    def personalise(
+        self, plan: Plan, result: PlanResult, installed: InstalledModel, origin: PersonalOrigin
+    ) -> tuple[bytes, Evaluation]:
+        """The file of personal tensors that a last training gave (empty: none are kept), and their quality."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +73,7 @@ class Device:
 
     Args:
         keys: trusted raw public keys by key id.
-        data: labelled windows for a contract.
-        base: evaluation of the model as released on the later windows.
+        trainer: computes tasks.
         limits: computation limits, given the seconds that a task has left.
         max_bytes: most bytes of one task on the wire.
         poll_seconds: how long to wait for a task at the server.
@@ -74,8 +84,7 @@ class Device:
     """
 
     keys: Mapping[str, bytes]
-    data: Callable[[InputContract], TrainingData]
-    base: Callable[[], Evaluation]
+    trainer: Trainer
     limits: Callable[[float], Limits]
     max_bytes: float
     poll_seconds: float
@@ -157,6 +166,7 @@ class FederatedWorker:
         self._backoff = backoff
         self._refused_attempt = ""
         self._plans = PlanStore(artifacts, device.keys)
+        self._downloads = Downloads(artifacts, local.held)
         self._secure: SecureTask | None = None
         self.progress = Progress()
 
@@ -176,7 +186,8 @@ class FederatedWorker:
         installed = self._active.installed
         if installed is None:
             return _AFTER_REFUSAL_SECONDS
-        reply = self._cloud.poll_task(self._device.poll_seconds, installed.manifest_digest)
+        held = self._downloads.held()
+        reply = self._cloud.poll_task(self._device.poll_seconds, installed.manifest_digest, held)
         if reply.task is None:
             return reply.retry_after_s
         if reply.task.attempt_id == self._refused_attempt:
@@ -210,11 +221,7 @@ class FederatedWorker:
         _require_match(plan, installed)
         require_demands(self._device.demands, plan, uploads=not task.personalise)
         graphs = {p.graph: self._artifacts.fetch(p.graph, p.graph_bytes) for p in plan.phases}
-        downloaded = decode_tensors(
-            self._artifacts.fetch_once(task.tensors_digest, task.tensors_bytes, task.tensors),
-            plan.download_specs(),
-        )
-        check_finite(downloaded)
+        downloaded = self._download(task, plan)
         self._artifacts.keep_only({task.plan_digest, *graphs})
         local, was_reset = self._local.local_tensors(task.run_id, plan.local_specs())
         if not self._cloud.report_stage(task, Stage.FETCHED):
@@ -224,14 +231,7 @@ class FederatedWorker:
         self._cloud.report_stage(task, Stage.TRAINING)
         pulse = Pulse(self._cloud, task, self._device.limits(task.remaining_seconds))
         try:
-            result = run_plan(
-                plan,
-                graphs,
-                before,
-                self._device.data(plan.contract),
-                round_number=task.round_number,
-                limits=pulse.limits(),
-            )
+            result = self._device.trainer.run(plan, graphs, before, task=task, limits=pulse.limits())
         except DeniedError:
             if not pulse.unwanted:
                 raise
@@ -271,13 +271,23 @@ class FederatedWorker:
 
     def _fetch_plan(self, task: Task) -> Plan:
         plan = self._plans.fetch(task)
+        self._allow(task, plan, task.difference_bytes if task.held_digest else task.tensors_bytes)
+        return plan
+
+    def _download(self, task: Task, plan: Plan) -> Tensors:
+        tensors = self._downloads.from_held(task, plan)
+        if tensors is not None:
+            return tensors
+        self._allow(task, plan, task.difference_bytes + task.tensors_bytes)
+        return self._downloads.whole(task, plan)
+
+    def _allow(self, task: Task, plan: Plan, down: int) -> None:
         graphs = {p.graph: p.graph_bytes for p in plan.phases if not self._artifacts.has(p.graph)}
         uploaded = 0 if task.personalise else plan.update_format().most_bytes(task.round_number)
-        total = task.tensors_bytes + sum(graphs.values()) + uploaded
+        total = down + sum(graphs.values()) + uploaded
         allowed = min(plan.budget.max_bytes, self._device.max_bytes)
         if total > allowed:
             raise DeniedError(f"the task moves {total} bytes, at most {allowed:.0f} are allowed")
-        return plan
 
     def _result(
         self,
@@ -289,11 +299,12 @@ class FederatedWorker:
         was_reset: bool,
         installed: InstalledModel,
     ) -> PendingResult:
-        base = self._device.base()
+        base = self._device.trainer.base()
         metrics = {"base/correct": float(base.correct), "base/count": float(base.count), **result.metrics}
         update = local = personal = owed = b""
         if task.personalise:
-            personal, own = self._personalise(task, plan, result, installed)
+            origin = PersonalOrigin(installed.manifest_digest, task.run_id, task.round_number)
+            personal, own = self._device.trainer.personalise(plan, result, installed, origin)
             metrics |= {"personal/correct": float(own.correct), "personal/count": float(own.count)}
         else:
             encoded, lost = self._encode(task, plan, before, result)
@@ -325,18 +336,6 @@ class FederatedWorker:
             update, residual, round_number=task.round_number, client=task.attempt_id
         )
         return encoded, lost
-
-    def _personalise(
-        self, task: Task, plan: Plan, result: PlanResult, installed: InstalledModel
-    ) -> tuple[bytes, Evaluation]:
-        """Lay the trained tensors over the model, set the wearer's own threshold, and measure."""
-        data = self._device.data(plan.contract)
-        tensors = personal_tensors(plan, result.state)
-        trial = Recogniser(installed.model, installed.manifest, Personal(tensors, float("inf")))
-        scores = trial.ood_scores(data.train.x)
-        personal = Personal(tensors, float(np.quantile(scores, _OOD_QUANTILE)))
-        origin = PersonalOrigin(installed.manifest_digest, task.run_id, task.round_number)
-        return encode_personal(personal, origin), trial.evaluate(data.holdout)
 
     def _deliver(self, result: PendingResult) -> None:
         """Hand in a result; keep it when the network fails, promote or forget it by the receipt."""

@@ -10,6 +10,7 @@ from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.federated import Device, FederatedWorker
 from wearfleet_edge.local_state import LocalState
 from wearfleet_edge.models import ActiveModel
+from wearfleet_edge.own_windows import OwnWindows
 from wearfleet_edge.runtime import Evaluation
 from wearfleet_edge.slots import Slots
 from wearfleet_edge.state import StateDirectory
@@ -46,8 +47,9 @@ class Bench:
         self.artifacts = ArtifactStore(self.state.artifacts / "plans", self.cloud, backoff, wait)
         device = Device(
             keys=self.signer.keys,
-            data=self.wearer.training_data,
-            base=lambda: Evaluation(3, 5, np.zeros((2, 2), np.int64)),
+            trainer=OwnWindows(
+                self.wearer.training_data, lambda: Evaluation(3, 5, np.zeros((2, 2), np.int64))
+            ),
             limits=lambda s: Limits(s, 1e12, lambda: 0, time.monotonic, lambda: self.stopping),
             max_bytes=self.max_bytes,
             poll_seconds=0.0,
