@@ -9,7 +9,9 @@ Differs: the service passes the models on and sees them (a federation is here on
 embedding before the head, the paper's middle choice; accuracies are measured on every fifth training window, which is
 not trained on, instead of validation data that also choose the model; a client takes over once a turn, not once an
 epoch (the published code's fault); who is not there when its turn comes is passed over, and so is one whose round is
-skipped.
+skipped: the ring goes on with the last model that was made, and who comes back has its turn at its place.
+A client may be a whole federation, as in the paper: a site's service that is enrolled in the ring's (``ring``), trains
+among its own devices (``metafed_site``), and hands in one model.
 """
 
 import json
@@ -26,32 +28,40 @@ from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Contribution
 from wearfleet_cloud.federated.base import LEARNED_ROLES, AveragingStrategy, StrategyInfo
+from wearfleet_cloud.federated.teachers import (
+    GOOD,
+    STAGE,
+    TEACHER,
+    check_listening,
+    distillation,
+    judging,
+    learned_by,
+    scalar,
+    taken_over,
+    teacher_specs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
     from wearfleet_models.classifier import Classifier
 
     from wearfleet_cloud.federated.client_program import ClientPhase, ClientProgram
-    from wearfleet_cloud.federated.client_steps import Loss, Tensors
+    from wearfleet_cloud.federated.client_steps import Tensors
 
-__all__ = ["MetaFed"]
+__all__ = ["SENT", "MetaFed"]
 
-_TEACHER: Final = "teacher/"
-"""The model of the client before, or in the last stage that of the last client: sent to all."""
-_SENT: Final = "sent/"
-"""The client's model after its turn: uploaded as it is."""
-_STAGE: Final = "stage"
-"""0: no teacher yet, 1: round the ring, 2: personal."""
-_GOOD: Final = "good_enough"
-"""1 once the client's own model was; stays on the device."""
+SENT: Final = "sent/"
+"""Before the name of a tensor: the client's after its turn, uploaded as it is."""
 _OWN: Final = "own_correct"
 _THEIRS: Final = "teacher_correct"
-_AFTER: Final = "correct_after"
 _COUNT: Final = "measured"
+_AFTER: Final = "correct_after"
+_COUNT_AFTER: Final = "measured_after"
 _RING: Final = "ring"
 _TURNS: Final = "turns"
+_PLACE: Final = "place"
+"""Where the last turn was, counted on from lap to lap; -1 before the first."""
 _WARM: Final = "warm"
-_NORMS: Final = (TensorRole.NORM_AFFINE, TensorRole.NORM_STAT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,7 @@ class MetaFed(AveragingStrategy):
         phases=(
             "evaluate_before",
             "judge",
+            "judge_teacher",
             "take_over",
             "train",
             "judge_after",
@@ -106,23 +117,29 @@ class MetaFed(AveragingStrategy):
     laps: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "personal_threshold", "strength"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} of MetaFed must be at least 0, got {getattr(self, name)}")
-        if self.share_norm not in ("on", "off"):
-            raise ConfigError(f"share_norm of MetaFed must be on or off, got {self.share_norm!r}")
+        check_listening(
+            "MetaFed",
+            threshold=self.threshold,
+            personal_threshold=self.personal_threshold,
+            strength=self.strength,
+            share_norm=self.share_norm,
+        )
         if self.warm_rounds < 1 or self.laps < 1:
             raise ConfigError(
                 f"warm_rounds and laps of MetaFed must be at least 1, got {self.warm_rounds}, {self.laps}"
             )
 
     def cohort(self, eligible: Sequence[str], round_number: int, state: Arrays) -> tuple[str, ...] | None:
-        """All while they warm up and in the last stage; one in its turn, or the next one who is there."""
+        """All while they warm up and in the last stage; one in its turn, or the next one who is there.
+
+        A turn is of who follows the last one, and no earlier than the round's number says: a round that was skipped
+        is not repeated with the same client.
+        """
         ring = _ring_of(state)
         turns = int(state.get(_TURNS, np.int64(0)))
         if int(state.get(_WARM, np.int64(0))) < self.warm_rounds or turns >= self.laps * len(ring):
             return None
-        place = (round_number - 1 - self.warm_rounds) % len(ring)
+        place = max(int(state.get(_PLACE, np.int64(-1))) + 1, round_number - 1 - self.warm_rounds) % len(ring)
         there = set(eligible)
         return next(((name,) for name in (*ring[place:], *ring[:place]) if name in there), ())
 
@@ -135,21 +152,21 @@ class MetaFed(AveragingStrategy):
         )
 
         specs = model_specs(model, self.info.kept_local)
-        learned = tuple(s for s in specs if s.role in LEARNED_ROLES and s.role != TensorRole.COUNTER)
-        own = _own_specs(learned)
+        learned = learned_by(specs)
         train, slots = training_phase(
-            model, self.local, loss=self._loss(model), scalars=(("strength", self.strength),)
+            model, self.local, loss=distillation(model, self._weight), scalars=(("strength", self.strength),)
         )
         fit = replace(train, loop=replace(train.loop, split="fit"))
         select = replace(self.local.holdout_loop(), split="select")
         phases = (
-            _judge(model, select),
+            judging(model, "judge", select, {_OWN: "correct", _COUNT: "count"}, when=STAGE),
+            judging(model, "judge_teacher", select, {_THEIRS: "correct"}, teacher=True, when=STAGE),
             self._take_over(learned),
             fit,
-            _judge_after(model, select),
+            judging(model, "judge_after", select, {_AFTER: "correct", _COUNT_AFTER: "count"}),
             self._conclude(learned),
         )
-        return measured(model, self.local, (*specs, *slots, *own), phases)
+        return measured(model, self.local, (*specs, *slots, *_own_specs(learned)), phases)
 
     def server(
         self,
@@ -160,13 +177,16 @@ class MetaFed(AveragingStrategy):
     ) -> Averaged:
         """Pass the model of the one client on; count rounds and turns.
 
-        The state holds the ring (names, as JSON in bytes), the rounds of warming up and the turns so far.
+        The state holds the ring (names, as JSON in bytes), the rounds of warming up, the turns so far, and the place
+        of the last one.
 
         Raises:
             AggregationError: several clients in a turn, or as ``Averaging.combine``.
         """
         mean = self.averaging.combine(specs, self.info.upload(), current, contributions)
-        warm, turns = int(state.get(_WARM, np.int64(0))), int(state.get(_TURNS, np.int64(0)))
+        warm, turns, place = (
+            int(state.get(name, np.int64(first))) for name, first in ((_WARM, 0), (_TURNS, 0), (_PLACE, -1))
+        )
         ring = _ring_of(state)
         tensors = dict(current)
         if warm < self.warm_rounds:
@@ -177,35 +197,16 @@ class MetaFed(AveragingStrategy):
                     f"in a turn of the ring one client takes part, got {len(mean.clients)}"
                 )
             turns += 1
-            for name in (n.removeprefix(_SENT) for n in mean.values):
-                made = mean.values[_SENT + name].astype(current[name].dtype)
-                tensors |= {name: made, _TEACHER + name: made}
-            tensors[_STAGE] = np.asarray(2.0 if turns == self.laps * len(ring) else 1.0, np.float32)
+            place += 1 + (ring.index(mean.clients[0]) - place - 1) % len(ring)
+            for name in (n.removeprefix(SENT) for n in mean.values):
+                made = mean.values[SENT + name].astype(current[name].dtype)
+                tensors |= {name: made, TEACHER + name: made}
+            tensors[STAGE] = np.asarray(2.0 if turns == self.laps * len(ring) else 1.0, np.float32)
         names = np.frombuffer(json.dumps(ring).encode(), np.uint8)
+        counts = {_WARM: warm, _TURNS: turns, _PLACE: place}
         return Averaged(
-            tensors, mean, {_RING: names, _WARM: np.asarray(warm), _TURNS: np.asarray(turns, np.int64)}
+            tensors, mean, {_RING: names, **{name: np.asarray(n, np.int64) for name, n in counts.items()}}
         )
-
-    def _loss(self, model: "Classifier") -> "Loss":
-        """Cross-entropy + lambda mean squared difference of the embeddings; lambda 0 for a model taken over."""
-        import torch  # noqa: PLC0415  see AveragingStrategy
-
-        from wearfleet_cloud.federated.client_steps import (  # noqa: PLC0415
-            cross_entropy,
-            embedding_of,
-            weighted_mean,
-        )
-
-        embedding, names = embedding_of(model), tuple(model.state_dict())
-
-        def loss(features: "Tensor", logits: "Tensor", given: "Tensors") -> "Tensor":
-            heard = embedding(_teacher_of(given, names), given["x"])
-            theirs = torch.where(given[_STAGE] > 0.5, heard, features.detach())
-            apart = ((features - theirs) ** 2).mean(dim=1)
-            own = weighted_mean(cross_entropy(logits, given["y"]), given)
-            return own + self._weight(given) * weighted_mean(apart, given)
-
-        return loss
 
     def _weight(self, given: "Tensors") -> "Tensor":
         """Lambda: lambda_0 round the ring; lambda_0 10^min(1, 5 (a_T - a_s)) / 10 in the last stage, or 0."""
@@ -216,22 +217,22 @@ class MetaFed(AveragingStrategy):
         personal = torch.exp(math.log(10.0) * (torch.clamp(5.0 * (theirs - mine), max=1.0) - 1.0))
         deaf = (theirs <= mine) & (theirs < self.personal_threshold)
         personal = torch.where(deaf, torch.zeros_like(personal), personal)
-        rate = torch.where(given[_STAGE] > 1.5, personal, (given[_STAGE] > 0.5).to(personal.dtype))
-        return given[_GOOD] * given["strength"] * rate
+        rate = torch.where(given[STAGE] > 1.5, personal, (given[STAGE] > 0.5).to(personal.dtype))
+        return given[GOOD] * given["strength"] * rate
 
     def _take_over(self, learned: Sequence[TensorSpec]) -> "ClientPhase":
-        """The teacher's tensors in place of one's own, unless there is no teacher or one's own are good enough."""
+        """The teacher's tensors in place of one's own, unless one's own are good enough; where there is a teacher."""
         import torch  # noqa: PLC0415  see AveragingStrategy
 
         from wearfleet_cloud.federated.client_program import ClientPhase  # noqa: PLC0415
 
-        taken = [s.name for s in learned if self.share_norm == "on" or s.role not in _NORMS]
+        taken = taken_over(learned, self.share_norm)
 
         def step(given: "Tensors") -> "Tensors":
-            takes = (given[_STAGE] > 0.5) & (given[_GOOD] < 0.5)
-            return {name: torch.where(takes, given[_TEACHER + name], given[name]) for name in taken}
+            takes = given[GOOD] < 0.5
+            return {name: torch.where(takes, given[TEACHER + name], given[name]) for name in taken}
 
-        return ClientPhase("take_over", step, self._once(), ())
+        return ClientPhase("take_over", step, self._once(), (), STAGE)
 
     def _conclude(self, learned: Sequence[TensorSpec]) -> "ClientPhase":
         import torch  # noqa: PLC0415  see AveragingStrategy
@@ -239,9 +240,9 @@ class MetaFed(AveragingStrategy):
         from wearfleet_cloud.federated.client_program import ClientPhase  # noqa: PLC0415
 
         def step(given: "Tensors") -> "Tensors":
-            reached = given[_AFTER] > self.threshold * torch.clamp(given[_COUNT], min=1.0)
-            good = torch.maximum(given[_GOOD], reached.to(given[_GOOD].dtype))
-            return {_GOOD: good, **{_SENT + s.name: given[s.name] + 0.0 for s in learned}}
+            reached = given[_AFTER] > self.threshold * torch.clamp(given[_COUNT_AFTER], min=1.0)
+            good = torch.maximum(given[GOOD], reached.to(given[GOOD].dtype))
+            return {GOOD: good, **{SENT + s.name: given[s.name] + 0.0 for s in learned}}
 
         return ClientPhase("conclude", step, self._once(), ())
 
@@ -249,56 +250,18 @@ class MetaFed(AveragingStrategy):
         return Loop("train", self.local.batch_size, 1, 1, shuffle=False)
 
 
-def _judge(model: "Classifier", loop: Loop) -> "ClientPhase":
-    """Count the windows and the hits of both models."""
-    from wearfleet_cloud.federated.client_program import ClientPhase  # noqa: PLC0415  see AveragingStrategy
-    from wearfleet_cloud.federated.client_steps import evaluation_step  # noqa: PLC0415
-
-    measure, names = evaluation_step(model), tuple(model.state_dict())
-
-    def step(given: "Tensors") -> "Tensors":
-        mine, theirs = measure(given), measure({**given, **_teacher_of(given, names)})
-        return {
-            _OWN: given[_OWN] + mine["correct"],
-            _THEIRS: given[_THEIRS] + theirs["correct"],
-            _COUNT: given[_COUNT] + mine["count"],
-        }
-
-    return ClientPhase("judge", step, loop, ())
-
-
-def _judge_after(model: "Classifier", loop: Loop) -> "ClientPhase":
-    from wearfleet_cloud.federated.client_program import ClientPhase  # noqa: PLC0415  see AveragingStrategy
-    from wearfleet_cloud.federated.client_steps import evaluation_step  # noqa: PLC0415
-
-    measure = evaluation_step(model)
-    return ClientPhase(
-        "judge_after", lambda given: {_AFTER: given[_AFTER] + measure(given)["correct"]}, loop, ()
-    )
-
-
-def _teacher_of(given: "Tensors", names: Sequence[str]) -> "Tensors":
-    """The teacher under the names of a model; standardisation and counters, which it does not have, are the model's."""
-    return {name: given.get(_TEACHER + name, given[name]) for name in names}
-
-
 def _own_specs(learned: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """The teacher, what is sent, the counts, and whether the model was good enough."""
-    common = TensorSpec(_STAGE, "float32", (), TensorRole.AUX, TensorGroup.ANCHOR, "global")
     counts = tuple(
-        replace(common, name=name, group=TensorGroup.OPTIMISER, origin="zeros")
-        for name in (_OWN, _THEIRS, _AFTER, _COUNT)
+        scalar(name, TensorGroup.OPTIMISER, "zeros") for name in (_OWN, _THEIRS, _COUNT, _AFTER, _COUNT_AFTER)
     )
-    good = replace(common, name=_GOOD, origin="local", copy_of=_OWN)
-    teacher = tuple(
-        replace(s, name=_TEACHER + s.name, role=TensorRole.AUX, group=TensorGroup.ANCHOR, origin="global")
-        for s in learned
-    )
+    good = replace(counts[0], name=GOOD, origin="local", copy_of=_OWN)
     sent = tuple(
-        replace(s, name=_SENT + s.name, role=TensorRole.AUX, group=TensorGroup.AUX, origin="zeros")
+        replace(s, name=SENT + s.name, role=TensorRole.AUX, group=TensorGroup.AUX, origin="zeros")
         for s in learned
     )
-    return (common, *counts, good, *teacher, *sent)
+    stage = scalar(STAGE, TensorGroup.ANCHOR, "global")
+    return (stage, *counts, good, *teacher_specs(learned), *sent)
 
 
 def _ring_of(state: Arrays) -> tuple[str, ...]:

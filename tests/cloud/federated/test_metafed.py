@@ -89,6 +89,36 @@ def test_the_next_one_takes_the_place_of_who_is_away_and_the_ring_goes_on() -> N
     assert cohort(("dora",), 2, state) == ()  # who came later is not in the ring
 
 
+def test_the_ring_goes_on_from_who_was_last_and_who_comes_back_has_its_place() -> None:
+    ours = federation(laps=3)
+    turn(ours)
+    order = []
+    for away in ("", "ben", "ben", "", "", ""):
+        there = [name for name in NAMES if name != away]
+        (member,) = ours.strategy.cohort(there, ours.number + 1, ours.state)
+        ours.round((member,))
+        order.append(member)
+    assert order == ["anna", "cleo", "anna", "ben", "cleo", "anna"]
+
+
+def test_a_skipped_round_is_not_repeated_with_the_same_client() -> None:
+    ours = federation(laps=2)
+    turn(ours)
+    assert ours.strategy.cohort(NAMES, 2, ours.state) == ("anna",)
+    assert ours.strategy.cohort(NAMES, 3, ours.state) == ("ben",)
+
+
+def test_nobody_is_judged_where_there_is_no_teacher() -> None:
+    ours = federation()
+    ours.number = 1
+    result, _ = ours.client("anna")
+    assert float(result.state["measured"]) == float(result.state["teacher_correct"]) == 0.0
+    assert float(result.state["measured_after"]) == 9.0  # every fifth of 45 windows
+    ours.tensors = {**ours.tensors, "stage": np.float32(1.0)}
+    result, _ = ours.client("anna")
+    assert float(result.state["measured"]) == 9.0
+
+
 def test_a_lost_turn_changes_neither_the_ring_nor_the_client() -> None:
     ours = federation()
     turn(ours)
