@@ -27,6 +27,7 @@ __all__ = [
     "cut",
     "cut_labelled",
     "resample",
+    "split_again_by_time",
     "split_by_time",
     "window_starts",
 ]
@@ -192,19 +193,50 @@ def split_by_time(
     Raises:
         ShapeError: the fraction is not in (0, 1).
     """
-    if not 0.0 < holdout_fraction < 1.0:
-        raise ShapeError(f"holdout_fraction must be between 0 and 1, got {holdout_fraction}")
     ordered = sorted(recordings, key=lambda r: r.session)
     labels, starts, sources = _places(ordered, spec)
     known = labels != UNLABELLED
     labels, starts, sources = labels[known], starts[known], sources[known]
+    masks = _by_time(labels, starts, sources, spec.length, holdout_fraction)
+    parts = (_gather(ordered, spec, labels[p], starts[p], sources[p]) for p in masks)
+    return next(parts), next(parts)
+
+
+def split_again_by_time(
+    windows: LabelledWindows, length: int, fraction: float
+) -> tuple[LabelledWindows, LabelledWindows]:
+    """Split a part of :func:`split_by_time` like that once more.
+
+    Args:
+        windows: in time order.
+        length: of a window, samples.
+        fraction: share of each class that becomes the later part, in (0, 1).
+
+    Returns:
+        (earlier, later) windows; no sample is in both.
+
+    Raises:
+        ShapeError: the fraction is not in (0, 1).
+    """
+    earlier, later = _by_time(windows.y, windows.start, windows.recording, length, fraction)
+    return windows.select(earlier), windows.select(later)
+
+
+def _by_time(
+    labels: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    sources: NDArray[np.int64],
+    length: int,
+    fraction: float,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Masks (N,) of the earlier and the later part."""
+    if not 0.0 < fraction < 1.0:
+        raise ShapeError(f"holdout_fraction must be between 0 and 1, got {fraction}")
     later = np.zeros(len(labels), np.bool_)
     for label in np.unique(labels):
         of_class = np.flatnonzero(labels == label)  # already in time order
-        later[of_class[len(of_class) - round(len(of_class) * holdout_fraction) :]] = True
-    earlier = ~later & ~_touches(starts, sources, later, spec.length)
-    parts = (_gather(ordered, spec, labels[p], starts[p], sources[p]) for p in (earlier, later))
-    return next(parts), next(parts)
+        later[of_class[len(of_class) - round(len(of_class) * fraction) :]] = True
+    return ~later & ~_touches(starts, sources, later, length), later
 
 
 def _touches(

@@ -51,6 +51,9 @@ def _simulate(
     alpha: Annotated[
         float, typer.Option("--alpha", help="Of label-skew: the smaller, the more skewed.")
     ] = 0.1,
+    protocol: Annotated[
+        str, typer.Option("--protocol", help="Which round counts: last, personalizedfl or fhbench.")
+    ] = "last",
     unseen: Annotated[int, typer.Option("--unseen", min=0, help="Clients that never take part.")] = 0,
     cohort: Annotated[int, typer.Option("--cohort", min=0, help="Clients a round; 0 for all.")] = 0,
     over_selection: Annotated[float, typer.Option(help="Ask so many times the cohort.")] = 1.0,
@@ -114,9 +117,13 @@ def _simulate(
         finetune,
         RoundPolicy(quorum=quorum, deadline_s=deadline),
         _latency(latency, dropout, seed),
+        protocol,
     )
     prepared = prepare(dataset_named(dataset), data_root, cache_dir or default_cache_dir())
-    population = _population(prepared, clients, unseen, split=split, alpha=alpha, seed=seed)
+    validated = protocol != "last"
+    population = _population(
+        prepared, clients, unseen, split=split, alpha=alpha, seed=seed, validated=validated
+    )
     trained = None if run is None else _trained(run, prepared)
     begin = _model(prepared, population, backbone, seed) if trained is None else trained.model
     model = chosen.network(begin, seed)
@@ -126,7 +133,7 @@ def _simulate(
         "dataset": prepared.dataset.name,
         "split": split if split == "people" else f"{split}({alpha:g})",
         "split_hash": split_hash([*population.clients, *population.unseen]),
-        "protocol": "last",
+        "protocol": protocol,
         "clients": len(population.clients),
         "unseen": len(population.unseen),
         "rounds": rounds,
@@ -238,7 +245,7 @@ def _latency(text: str, dropout: float, seed: int) -> Latency:
 
 
 def _population(
-    prepared: Prepared, clients: int, unseen: int, *, split: str, alpha: float, seed: int
+    prepared: Prepared, clients: int, unseen: int, *, split: str, alpha: float, seed: int, validated: bool
 ) -> Population:
     from wearfleet_protos.errors import ConfigError
 
@@ -246,7 +253,7 @@ def _population(
     from wearfleet_cloud.federated.simulated_clients import label_skew, people
 
     if split == "people":
-        everyone = people(prepared, clients)
+        everyone = people(prepared, clients, validated=validated)
     elif split == "label-skew":
         everyone = label_skew(prepared.windows.x, prepared.windows.activity, clients or 20, alpha, seed)
     else:

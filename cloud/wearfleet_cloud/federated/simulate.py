@@ -2,7 +2,8 @@
 
 Evaluation modes are those of specs/federated.md 0.5, always named: ``global@clients`` the global model alone,
 ``personal@clients`` the model that each client would use after the personalisation that ends a run, ``unseen`` the
-global model on clients that never took part, ``finetuned(k)`` the global model after k local epochs of SGD.
+global model on clients that never took part, ``finetuned(k)`` the global model after k local epochs of SGD. A protocol
+that selects (``selection_protocols``) reports ``personal@clients`` alone: it says nothing of the other modes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from wearfleet_cloud.federated.privacy.central import check_private, fold
 from wearfleet_cloud.federated.privacy.secagg_simulated import MachineOf, SimulatedSums
 from wearfleet_cloud.federated.robust.options import TooFewUpdatesError
 from wearfleet_cloud.federated.round_record import RoundPolicy
+from wearfleet_cloud.federated.selection_protocols import FHBENCH_EVERY, PROTOCOLS, accuracy_counts, selected
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 from wearfleet_cloud.federated.stacked_clients import ClientRound, Kept, Runner, downloaded_specs
 from wearfleet_cloud.federated.virtual_time import Counted, VirtualRound, VirtualRun
@@ -51,9 +53,10 @@ class Simulation:
         finetune_epochs: k of ``finetuned(k)``; 0 leaves it out.
         policy: when a round has enough, in virtual time.
         latency: of the clients, in virtual time; by default all need one second.
+        protocol: which round's accuracies are reported, a name of ``selection_protocols.PROTOCOLS``.
 
     Raises:
-        ConfigError: no rounds.
+        ConfigError: no rounds, or an unknown protocol.
     """
 
     rounds: int
@@ -62,8 +65,13 @@ class Simulation:
     finetune_epochs: int = 0
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     latency: Latency = field(default_factory=Latency)
+    protocol: str = "last"
 
     def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ConfigError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+        if self.protocol == "fhbench" and self.rounds < FHBENCH_EVERY:
+            raise ConfigError(f"protocol fhbench needs {FHBENCH_EVERY} rounds or more, got {self.rounds}")
         if self.rounds < 1 or self.finetune_epochs < 0:
             raise ConfigError(
                 f"rounds must be at least 1 and finetune epochs at least 0, got {self.rounds}, {self.finetune_epochs}"
@@ -164,25 +172,30 @@ def simulate(
         AggregationError: a round's average is not finite, training diverged; or a robust rule skipped every round.
         ConfigError: the strategy's privacy cannot protect what it uploads.
     """
+    population = _measured(population, simulation)
     runner = runner_of(strategy)
     check_private(strategy, runner.specs)
     clients = {client.name: client for client in population.clients}
     sums = _sums(strategy, machine_of, simulation.seed)
     federation = _Federation(strategy, runner, clients, simulation, sums, _first_tensors(model, runner.specs))
     run = _virtual_run(strategy, population, simulation)
-    figures = []
+    figures, rounds = list[RoundFigures](), list[dict[str, Mapping[str, float]]]()
     for number in range(1, simulation.rounds + 1):
         played = run.play(strategy.cohort(sorted(clients), number, federation.state))
-        figures.append(_figures(played, federation.round(played), runner.specs, federation.judged))
+        results = federation.round(played)
+        rounds.append({result.client: result.metrics for result in results})
+        figures.append(_figures(played, results, runner.specs, federation.judged))
         progress("rounds", number, simulation.rounds)
     if all(round_.skipped for round_ in figures):
         raise AggregationError(f"every round was skipped; the first: {figures[0].skipped}")
     tensors, state, kept = federation.tensors, federation.state, federation.kept
     last = simulation.rounds + 1
     received = [strategy.received(client.name, tensors, state) for client in population.clients]
-    modes = {
-        "personal@clients": _mode([_counts(r) for r in runner.run(last, population.clients, received, kept)])
-    }
+    ended = runner.run(last, population.clients, received, kept)
+    if simulation.protocol != "last":
+        counts = selected(simulation.protocol, [*rounds, {r.client: r.metrics for r in ended}])
+        return Outcome(tuple(figures), {"personal@clients": _mode(counts)}, tensors, state)
+    modes = {"personal@clients": _mode([_counts(r) for r in ended])}
     modes |= _common_modes(model, tensors, population)
     if simulation.finetune_epochs:
         tuned = FedAvg(replace(strategy.local, epochs=simulation.finetune_epochs, max_steps=0))
@@ -346,9 +359,25 @@ def _figures(
     )
 
 
+def _measured(population: Population, simulation: Simulation) -> Population:
+    """The population with validation parts where the protocol chooses by them, and without where nothing does."""
+    if simulation.protocol == "last":
+        parts = [
+            [replace(client, validation=None) for client in clients]
+            for clients in (population.clients, population.unseen)
+        ]
+        return Population(*parts)
+    without = [c.name for c in population.clients if c.validation is None or not len(c.validation)]
+    if without:
+        raise ConfigError(
+            f"protocol {simulation.protocol} chooses by validation windows, {', '.join(without)} have none"
+        )
+    return population
+
+
 def _counts(result: ClientRound, phase: str = "evaluate_after") -> tuple[float, float]:
     """Hits and windows of a phase."""
-    return result.metrics[f"{phase}/correct"], result.metrics[f"{phase}/count"]
+    return accuracy_counts(result.metrics, phase)
 
 
 def _accuracy(model: Classifier, tensors: Arrays, client: SimulatedClient) -> tuple[float, float]:

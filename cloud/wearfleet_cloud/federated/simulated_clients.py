@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from wearfleet_protos.batching import rng_key
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.windowing import LabelledWindows, split_by_time
+from wearfleet_protos.windowing import LabelledWindows, split_again_by_time, split_by_time
 
 if TYPE_CHECKING:
     from wearfleet_cloud.data.prepared import Prepared
@@ -19,6 +19,8 @@ __all__ = ["SimulatedClient", "label_skew", "people", "split_hash"]
 
 _STREAM: Final = 0x51A7
 _HOLDOUT: Final = 0.3
+_VALIDATION: Final = 3 / 7
+"""Share of what is not held out: 30 % of all."""
 _FEWEST_OF_FAIR_SHARE: Final = 0.5
 _MOST_DRAWS: Final = 10_000
 
@@ -39,6 +41,10 @@ class SimulatedClient:
     holdout: LabelledWindows
     validation: LabelledWindows | None = None
 
+    def usable(self) -> bool:
+        """Whether each part has windows."""
+        return all(part is None or len(part) for part in (self.train, self.validation, self.holdout))
+
 
 def split_hash(clients: Sequence[SimulatedClient]) -> str:
     """What says that two runs had the same clients with the same windows in the same parts.
@@ -58,15 +64,16 @@ def split_hash(clients: Sequence[SimulatedClient]) -> str:
     return digest.hexdigest()
 
 
-def people(prepared: "Prepared", most: int = 0) -> tuple[SimulatedClient, ...]:
+def people(prepared: "Prepared", most: int = 0, *, validated: bool = False) -> tuple[SimulatedClient, ...]:
     """Each subject of a data set as a client, split like a device splits its wearer's recordings.
 
     Class by class the later 30 % are held out; earlier windows that share a sample with them are dropped. Who has no
-    windows in one of the two parts is no client.
+    windows in one of the parts is no client.
 
     Args:
         prepared: the data set.
         most: so many subjects, the first ones by name; 0 for all.
+        validated: the 30 % before what is held out are the validation part, cut off in the same way.
 
     Raises:
         ConfigError: fewer subjects than that.
@@ -76,12 +83,14 @@ def people(prepared: "Prepared", most: int = 0) -> tuple[SimulatedClient, ...]:
         raise ConfigError(
             f"{prepared.dataset.name} has {len(subjects)} people, {most} clients were asked for"
         )
-    clients = []
+    spec, clients = prepared.dataset.spec, list[SimulatedClient]()
     for subject in subjects[: most or None]:
-        recordings = prepared.recordings_of(subject)
-        train, holdout = split_by_time(recordings, prepared.dataset.spec, _HOLDOUT)
-        clients.append(SimulatedClient(subject, train, holdout))
-    return tuple(client for client in clients if len(client.train) and len(client.holdout))
+        train, holdout = split_by_time(prepared.recordings_of(subject), spec, _HOLDOUT)
+        validation = None
+        if validated:
+            train, validation = split_again_by_time(train, spec.length, _VALIDATION)
+        clients.append(SimulatedClient(subject, train, holdout, validation))
+    return tuple(client for client in clients if client.usable())
 
 
 def label_skew(

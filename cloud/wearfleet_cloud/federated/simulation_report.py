@@ -87,12 +87,12 @@ def _read(file: Path) -> list[dict[str, str]]:
 def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """Mean accuracy over clients by mode, in per cent, and the worst tenth in brackets."""
     modes = list(dict.fromkeys(n.removesuffix(" mean") for r in rows for n in r if n.endswith(" mean")))
-    shown = ("strategy", "options", "dataset", "split", "clients", "rounds", "seed")
+    shown = ("strategy", "options", "dataset", "split", "protocol", "clients", "rounds", "seed")
     head = [*shown, *modes, "MB up"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         name = row["dataset"] + (" (simulated)" if row.get("simulated") == "True" else "")
-        cells = [row[k] if k != "dataset" else name for k in shown]
+        cells = [row.get(k, "") if k != "dataset" else name for k in shown]
         for mode in modes:
             mean, worst = row.get(f"{mode} mean"), row.get(f"{mode} worst")
             cells.append(f"{100 * float(mean):.2f} ({100 * float(worst):.2f})" if mean and worst else "-")

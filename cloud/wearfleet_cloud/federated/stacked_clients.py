@@ -24,6 +24,7 @@ from wearfleet_cloud.federated.aggregate import Arrays
 from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.client_program import ClientPhase
 from wearfleet_cloud.federated.plan_layers import with_plan_layers
+from wearfleet_cloud.federated.selection_protocols import VALIDATION
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 
 __all__ = ["ClientRound", "Kept", "Runner", "StackedClients", "downloaded_specs"]
@@ -77,7 +78,11 @@ class Runner(Protocol):
         received: Sequence[Arrays],
         kept: Mapping[str, Kept],
     ) -> list[ClientRound]:
-        """One round, from what each client received and what it kept of its last one, by its name."""
+        """One round, from what each client received and what it kept of its last one, by its name.
+
+        Where all clients have a validation part, phases over the held-out part are measured on it too, with metrics
+        ``validation/phase/metric``.
+        """
 
 
 def downloaded_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -137,10 +142,13 @@ class StackedClients:
         steps = np.zeros(len(clients), np.int64)
         for index, phase in enumerate(self._program.phases):
             windows = [part_of(phase.loop.split, client.train, client.holdout) for client in clients]
+            validation = [client.validation for client in clients if client.validation is not None]
+            if phase.loop.split == "holdout" and validation:
+                _, metrics = self._phase(phase, dict(state), validation, (round_number, index))
+                _note(sums, VALIDATION + phase.name, metrics)
             made, metrics = self._phase(phase, state, windows, (round_number, index))
             steps += made
-            for client, values in zip(range(len(clients)), metrics, strict=True):
-                sums[client] |= {f"{phase.name}/{name}": value for name, value in values.items()}
+            _note(sums, phase.name, metrics)
         update = {name: (state[name] - start[name]).cpu().numpy() for name in self._sent}
         own = {name: state[name].cpu().numpy() for name in self._kept}
         results = []
@@ -237,6 +245,12 @@ class StackedClients:
             weight[client, : len(rows)] = 1.0
         made = {"x": x, "y": y, "weight": weight}
         return {name: torch.from_numpy(array).to(self._device) for name, array in made.items()}
+
+
+def _note(sums: Sequence[dict[str, float]], phase: str, metrics: Sequence[Mapping[str, float]]) -> None:
+    """Add the metrics of a phase to those of every client."""
+    for own, values in zip(sums, metrics, strict=True):
+        own |= {f"{phase}/{name}": value for name, value in values.items()}
 
 
 def _call(phase: ClientPhase, each: Tensors, common: Tensors) -> Mapping[str, Tensor]:

@@ -1,7 +1,7 @@
 """The clients of a simulation over real plans and bytes: what a device gets and sends, without the network."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from wearfleet_models.classifier import Classifier
@@ -12,6 +12,7 @@ from wearfleet_protos.tensors import Digest, decode_tensors, encode_tensors
 from wearfleet_cloud.federated.aggregate import Arrays
 from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.plan_builder import build_plan
+from wearfleet_cloud.federated.selection_protocols import VALIDATION
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 from wearfleet_cloud.federated.stacked_clients import ClientRound, Kept
 
@@ -95,4 +96,16 @@ class WireClients:
         stays = made.stored
         own = decode_tensors(stays.tensors, self._plan.local_specs()) if stays.tensors else {}
         keeps = Kept(own, Residual.from_bytes(stays.residual))
-        return ClientRound(client.name, update, size, keeps, made.metrics, made.num_examples, made.num_steps)
+        metrics = {**made.metrics, **self._validated(down, stored, client, round_number)}
+        return ClientRound(client.name, update, size, keeps, metrics, made.num_examples, made.num_steps)
+
+    def _validated(
+        self, down: bytes, stored: Stored, client: SimulatedClient, round_number: int
+    ) -> dict[str, float]:
+        """What the same round, run again, measures on the validation part: a plan measures on one part only."""
+        if client.validation is None:
+            return {}
+        measured = replace(client, holdout=client.validation)
+        made = self._engine(self._plan, self._graphs, down, stored, measured, round_number=round_number)
+        phases = {phase.name for phase in self._plan.phases if phase.loop.split == "holdout"}
+        return {VALIDATION + n: value for n, value in made.metrics.items() if n.rpartition("/")[0] in phases}
