@@ -26,6 +26,7 @@ from wearfleet_cloud.federated.fedrep import FedRep
 from wearfleet_cloud.federated.fedyogi import FedYogi
 from wearfleet_cloud.federated.local_only import LocalOnly
 from wearfleet_cloud.federated.metafed import MetaFed
+from wearfleet_cloud.federated.metafed_site import MetaFedSite
 from wearfleet_cloud.federated.perfedavg import PerFedAvg
 from wearfleet_cloud.federated.scaffold import Scaffold
 from wearfleet_cloud.federated.training_options import option_names, parse_options
@@ -52,6 +53,7 @@ STRATEGIES: Final[Mapping[str, type[AveragingStrategy]]] = {
     "fedyogi": FedYogi,
     "local": LocalOnly,
     "metafed": MetaFed,
+    "metafed-site": MetaFedSite,
     "perfedavg": PerFedAvg,
     "scaffold": Scaffold,
     "zoopfl": ZooPFL,

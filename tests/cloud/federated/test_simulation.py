@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "fedrep": {"head_epochs": 2},
     "ditto": {"pull": 0.3},
     "metafed": {"warm_rounds": 1, "threshold": 0.3},
+    "metafed-site": {"passes": 1},
     "perfedavg": {"form": "hessian_free", "batch_size": 5, "delta": 0.1},
     "scaffold": {"epochs": 2},
     "local": {"epochs": 2},
