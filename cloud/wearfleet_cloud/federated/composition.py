@@ -137,7 +137,8 @@ def check_additions(info: StrategyInfo, additions: Iterable[str]) -> None:
         if addition not in info.composes_with:
             reason = _UNSOUND_WITH.get(
                 (info.name, addition),
-                f"it composes with {', '.join(info.composes_with)}; `wearfleet-cloud strategies` lists the others",
+                f"it composes with {', '.join(info.composes_with)}; leave it off, or use one of "
+                "`wearfleet-cloud strategies` that composes with it",
             )
             raise ConfigError(f"{info.name} cannot be combined with {addition}: {reason}")
     for one, other in combinations(chosen, 2):

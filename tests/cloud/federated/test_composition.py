@@ -24,6 +24,7 @@ UNSOUND = {
         for addition in ("secagg", "central_dp", "local_dp", "robust", "async")
     ),
     ("metafed", "compression"),
+    *(("metafed-site", addition) for addition in ADDITIONS if addition != "partial_participation"),
     *(("local", addition) for addition in ("secagg", "central_dp", "local_dp", "robust", "compression")),
 }
 """Of specs/federated.md section 21, written again by hand."""
