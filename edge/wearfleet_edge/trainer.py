@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
-from wearfleet_protos.batching import batches, part_of, rng_key
+from wearfleet_protos.batching import part_of, rng_key
 from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError
 from wearfleet_protos.plan import Phase, Plan
 from wearfleet_protos.privacy import protected, secret_generator
+from wearfleet_protos.records import SecretSource, Source, expected_batch, steps_of
 from wearfleet_protos.tensors import Digest, check_finite, digest_of
 
 from wearfleet_edge.graph import inspect_graph
@@ -45,7 +46,14 @@ _TYPES: Final = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
-_BATCH_TYPES: Final = {"x": "float32", "y": "int64", "weight": "float32", "rng": "int64"}
+_BATCH_TYPES: Final = {
+    "x": "float32",
+    "y": "int64",
+    "weight": "float32",
+    "rng": "int64",
+    "noise": "float32",
+    "expected": "float32",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,6 +156,7 @@ def run_plan(
     *,
     round_number: int,
     limits: Limits,
+    source: Source | None = None,
 ) -> PlanResult:
     """Run all phases of a plan.
 
@@ -158,6 +167,8 @@ def run_plan(
         data: windows that fit ``plan.contract``.
         round_number: goes into shuffling and random numbers.
         limits: of this device.
+        source: of secret batches and their noise; None for the operating system's. A simulation that shall be
+            repeated gives its own, and protects nobody.
 
     Raises:
         IntegrityError: a graph is not the promised one, or not allowed.
@@ -170,6 +181,7 @@ def run_plan(
             f"the plan wants at least {plan.budget.min_examples} windows, here are {len(data.train)}"
         )
     begin = limits.monotonic()
+    drawn = SecretSource() if source is None else source
     cells = _Cells(plan, state)
     metrics: dict[str, float] = {}
     steps = 0
@@ -178,11 +190,12 @@ def run_plan(
             continue
         program = _PhaseProgram(plan, phase, _verified(graphs, phase), cells)
         windows = part_of(phase.loop.split, data.train, data.holdout)
-        ran = 0
-        for ran, rows in enumerate(batches(phase.loop, plan.seed, round_number, len(windows)), start=1):
-            program.step(windows, rows, rng_key(plan.seed, round_number, index, ran - 1))
+        program.expect(expected_batch(phase.loop, len(windows)))
+        chosen = steps_of(phase.loop, plan.seed, round_number, len(windows), drawn)
+        for step, rows in enumerate(chosen):
+            program.step(windows, rows, rng_key(plan.seed, round_number, index, step), drawn)
             _enforce(plan, limits, begin)
-        steps += ran if program.changes_state else 0
+        steps += len(chosen) if program.changes_state else 0
         metrics |= {f"{phase.name}/{name}": value for name, value in program.metrics.items()}
     final = cells.read()
     check_finite(final)
@@ -253,11 +266,14 @@ class _PhaseProgram:
         self._x = np.zeros((batch, *shape), np.float32)
         self._y = np.zeros(batch, np.int64)
         self._weight = np.zeros(batch, np.float32)
+        self._noise = np.zeros(phase.noise, np.float32)
         self._batch = {
             "x": ort.OrtValue.ortvalue_from_numpy(self._x),
             "y": ort.OrtValue.ortvalue_from_numpy(self._y),
             "weight": ort.OrtValue.ortvalue_from_numpy(self._weight),
             "rng": ort.OrtValue.ortvalue_from_numpy(np.zeros((), np.int64)),
+            "noise": ort.OrtValue.ortvalue_from_numpy(self._noise),
+            "expected": ort.OrtValue.ortvalue_from_numpy(np.zeros((), np.float32)),
         }
         self._scalars = {
             n: ort.OrtValue.ortvalue_from_numpy(np.array(v, np.float32)) for n, v in phase.scalars
@@ -275,7 +291,11 @@ class _PhaseProgram:
         """False for a phase that only measures."""
         return bool(self._state_out)
 
-    def step(self, windows: LabelledWindows, rows: NDArray[np.int64], key: int) -> None:
+    def expect(self, size: float) -> None:
+        """Tell the mean size of the batches that follow."""
+        self._batch["expected"].update_inplace(np.array(size, np.float32))
+
+    def step(self, windows: LabelledWindows, rows: NDArray[np.int64], key: int, source: Source) -> None:
         """Run the graph on the windows at ``rows`` (n <= batch size); the rest of the batch weighs nothing."""
         n = len(rows)
         for buffer, values in ((self._x, windows.x[rows]), (self._y, windows.y[rows]), (self._weight, 1.0)):
@@ -285,8 +305,11 @@ class _PhaseProgram:
         self._batch["y"].update_inplace(self._y)
         self._batch["weight"].update_inplace(self._weight)
         self._batch["rng"].update_inplace(np.array(key, np.int64))
-        for name, source in self._state_in.items():
-            self._binding.bind_ortvalue_input(name, self._cells.present[source])
+        if self._noise.size:
+            self._noise[:] = source.standard_normal(self._noise.size)
+            self._batch["noise"].update_inplace(self._noise)
+        for name, tensor in self._state_in.items():
+            self._binding.bind_ortvalue_input(name, self._cells.present[tensor])
         for name, target in self._state_out.items():
             self._binding.bind_ortvalue_output(name, self._cells.spare[target])
         self._session.run_with_iobinding(self._binding)
@@ -311,7 +334,14 @@ class _PhaseProgram:
         """The graph's inputs and outputs must be exactly what the plan says, in type and shape."""
         batch = (self._phase.loop.batch_size,)
         channels, window = len(plan.contract.channels), plan.contract.window
-        batch_shapes = {"x": (*batch, channels, window), "y": batch, "weight": batch, "rng": ()}
+        batch_shapes = {
+            "x": (*batch, channels, window),
+            "y": batch,
+            "weight": batch,
+            "rng": (),
+            "expected": (),
+        }
+        batch_shapes["noise"] = (self._phase.noise,)
         wanted_in: dict[str, tuple[str, tuple[int, ...]]] = {}
         for binding in self._phase.inputs:
             if binding.kind == "state":

@@ -6,6 +6,7 @@ windows and the keys of random numbers, on which torch and the device must agree
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast, get_args
@@ -41,8 +42,10 @@ __all__ = [
 ]
 
 PLAN_MEDIA_TYPE: Final = "application/vnd.wearfleet.plan.v1+json"
-BATCH_INPUTS: Final = ("x", "y", "weight", "rng")
-"""x (B, C, T) float32; y (B,) int64; weight (B,) float32, 0 for padding; rng () int64 key of the step."""
+BATCH_INPUTS: Final = ("x", "y", "weight", "rng", "noise", "expected")
+"""x (B, C, T) float32; y (B,) int64; weight (B,) float32, 0 for padding; rng () int64 key of the step. Secret batches
+have noise (``Phase.noise``,) float32, standard normal numbers that the device draws from its own secret source,
+and expected () float32, the mean size of a batch (``records.expected_batch``)."""
 
 _MODEL_GROUPS: Final = (TensorGroup.PARAM, TensorGroup.BUFFER)
 _MAX_TENSORS: Final = 10_000
@@ -90,6 +93,8 @@ class Loop:
         epochs: passes over the split.
         max_steps: stop after so many steps; 0 means no limit.
         shuffle: permute the windows each epoch with :func:`wearfleet_protos.batching.shuffle_order`.
+        sampling_rate: above 0 there are no passes: each of ``max_steps`` steps has a batch that the device draws in
+            secret, in which each window is with this probability (``records``); B is then the largest size.
     """
 
     split: Split
@@ -97,11 +102,15 @@ class Loop:
     epochs: int
     max_steps: int
     shuffle: bool
+    sampling_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One graph run in a loop; if ``when`` names a state tensor () float32, only where that is above 1/2."""
+    """One graph run in a loop; if ``when`` names a state tensor () float32, only where that is above 1/2.
+
+    ``noise`` is how many secret normal numbers a step with a secret batch takes; 0 where batches are no secret.
+    """
 
     name: str
     graph: Digest
@@ -111,6 +120,7 @@ class Phase:
     loop: Loop
     scalars: tuple[tuple[str, float], ...]
     when: str = ""
+    noise: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +211,10 @@ class Plan:
         chosen = (t for t in self.tensors if t.role in self.upload.roles and t.group in self.upload.groups)
         return tuple(sorted(chosen, key=lambda t: t.name))
 
+    def protects_windows(self) -> bool:
+        """Whether what it learns from single windows is noised: then no figure of them may be sent beside."""
+        return any(phase.loop.sampling_rate for phase in self.phases)
+
     def update_format(self) -> UpdateFormat:
         """How an update becomes bytes, and back."""
         return UpdateFormat(self.upload_specs(), self.upload.codec, self.seed)
@@ -241,8 +255,10 @@ def _validate(plan: Plan) -> None:
     if sent:
         raise ProtocolError(f"tensor {sent[0].name} is both uploaded and kept local")
     _validate_protection(plan)
+    numbers = sum(math.prod(t.shape) for t in plan.tensors)
     for phase in plan.phases:
         _validate_phase(phase, known)
+        _validate_sampling(phase, numbers)
         switch = next((t for t in plan.tensors if t.name == phase.when), None)
         if phase.when and (switch is None or (switch.dtype, switch.shape) != ("float32", ())):
             raise ProtocolError(f"phase {phase.name}: when needs a float32 number, {phase.when!r} is none")
@@ -298,6 +314,21 @@ def _validate_phase(phase: Phase, tensors: set[str]) -> None:
     loop = phase.loop
     if loop.split not in get_args(Split) or loop.batch_size < 1 or loop.epochs < 1 or loop.max_steps < 0:
         raise ProtocolError(f"phase {phase.name}: loop is out of range: {loop}")
+
+
+def _validate_sampling(phase: Phase, numbers: int) -> None:
+    """Secret batches have no passes, a number of steps that is fixed beforehand, and noise."""
+    loop, bound = phase.loop, {b.source for b in phase.inputs if b.kind == "batch"}
+    secret = 0.0 < loop.sampling_rate <= 1.0
+    if not secret and (loop.sampling_rate or phase.noise or bound & {"noise", "expected"}):
+        raise ProtocolError(
+            f"phase {phase.name}: noise belongs to batches with a sampling rate above 0 and at most 1, "
+            f"got {loop.sampling_rate}"
+        )
+    if secret and not (loop.max_steps >= 1 and loop.epochs == 1 and not loop.shuffle):
+        raise ProtocolError(f"phase {phase.name}: secret batches need max_steps and have no passes, got {loop}")
+    if secret and not 1 <= phase.noise <= numbers:
+        raise ProtocolError(f"phase {phase.name}: noise must be 1 to {numbers} numbers, got {phase.noise}")
 
 
 def _to_json(plan: Plan) -> dict[str, object]:
@@ -365,9 +396,11 @@ def _phase_to_json(phase: Phase) -> dict[str, object]:
             "epochs": phase.loop.epochs,
             "max_steps": phase.loop.max_steps,
             "shuffle": phase.loop.shuffle,
+            **({"sampling_rate": phase.loop.sampling_rate} if phase.loop.sampling_rate else {}),
         },
         "scalars": [[name, value] for name, value in phase.scalars],
         **({"when": phase.when} if phase.when else {}),
+        **({"noise": phase.noise} if phase.noise else {}),
     }
 
 
@@ -387,8 +420,8 @@ def tensor_spec_from_json(value: object) -> TensorSpec:
 
 def _phase_from_json(value: object) -> Phase:
     given = value if isinstance(value, dict) else {}
-    row = take({"when": "", **given}, Phase, "phase")
-    loop = take(row["loop"], Loop, "loop")
+    row = take({"when": "", "noise": 0, **given}, Phase, "phase")
+    loop = take({"sampling_rate": 0.0, **row["loop"]}, Loop, "loop")
     return Phase(
         name=str(row["name"]),
         graph=parse_digest(str(row["graph"])),
@@ -401,9 +434,11 @@ def _phase_from_json(value: object) -> Phase:
             epochs=int(loop["epochs"]),
             max_steps=int(loop["max_steps"]),
             shuffle=bool(loop["shuffle"]),
+            sampling_rate=float(loop["sampling_rate"]),
         ),
         scalars=tuple((str(name), float(number)) for name, number in row["scalars"]),
         when=str(row["when"]),
+        noise=int(row["noise"]),
     )
 
 

@@ -50,6 +50,20 @@ def test_with_noise_the_device_tells_no_figures_about_its_wearer(bench):
     assert (submission.train_seconds, submission.local_state_reset) == (0.0, False)
 
 
+def test_with_noised_steps_it_tells_how_many_windows_there_are_and_nothing_else(bench):
+    tiny = make_plan()
+    train = next(phase for phase in tiny.plan.phases if phase.name == "train")
+    secret = replace(train.loop, epochs=1, max_steps=3, shuffle=False, sampling_rate=0.1)
+    noised = replace(train, loop=secret, noise=1)
+    phases = tuple(noised if phase is train else phase for phase in tiny.plan.phases)
+    bench.offer(replace(tiny, plan=replace(tiny.plan, phases=phases)))
+    bench.worker.step()
+    (submission,) = bench.cloud.submissions
+    assert (submission.metrics, submission.train_seconds, submission.local_state_reset) == ({}, 0.0, False)
+    windows = len(bench.wearer.training_data(tiny.plan.contract).train)
+    assert (submission.num_examples, submission.num_steps) == (windows, 3)
+
+
 def test_a_submission_that_is_repeated_holds_the_same_noise(bench):
     """Noise that is drawn anew for every try would average out."""
     bench.offer(plan(1.0))

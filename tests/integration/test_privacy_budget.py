@@ -121,8 +121,9 @@ def _shows_why(settings, run_id: str, devices: set[str]) -> None:
         return json.loads(result.output)
 
     shown = call("devices", "show", min(devices))["privacy"]
-    assert shown["epsilon"] == pytest.approx(TWO_ROUNDS, rel=1e-12)
-    assert (shown["delta"], shown["rounds"]) == (1e-5, 2)
+    assert shown["client"]["epsilon"] == pytest.approx(TWO_ROUNDS, rel=1e-12)
+    assert (shown["client"]["delta"], shown["client"]["rounds"]) == (1e-5, 2)
+    assert shown["record"] == {"epsilon": 0.0, "delta": 1e-5, "rounds": 0}
     assert "privacy budget" in shown["not_asked"][run_id]
     assert call("federation", "status", run_id)["not_asked"].keys() == devices
 

@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from wearfleet_models.classifier import Classifier
     from wearfleet_protos.plan import Plan
+    from wearfleet_protos.records import Source
     from wearfleet_protos.secagg.identity import Signer, Verifier
     from wearfleet_protos.secagg.parameters import SecureParameters
     from wearfleet_protos.tensors import Digest
@@ -157,7 +158,7 @@ def _simulate(
 
 
 def _cost(strategy: Strategy, rounds: int) -> dict[str, object]:
-    """What the strategy's privacy would cost a client that takes part in every round; empty without privacy."""
+    """What the strategy's privacy would cost a client in every round, or its windows; empty without privacy."""
     from dataclasses import replace
 
     from wearfleet_cloud.federated.privacy.accounting import epsilon_of
@@ -167,7 +168,8 @@ def _cost(strategy: Strategy, rounds: int) -> dict[str, object]:
     if cost is None:
         return {}
     delta = strategy.privacy.dp_delta
-    return {"epsilon": float(f"{epsilon_of([replace(cost, count=rounds)], delta):.4g}"), "delta": delta}
+    epsilon = epsilon_of([replace(cost, count=cost.count * rounds)], delta)
+    return {"epsilon": float(f"{epsilon:.4g}"), "delta": delta, "epsilon_of": cost.unit}
 
 
 def _run(
@@ -326,8 +328,9 @@ def device_engine(
     client: SimulatedClient,
     *,
     round_number: int,
+    source: Source | None = None,
 ) -> DeviceRound:
-    """The agent's own engine: implements ``wire_clients.Engine``."""
+    """The agent's own engine: implements ``wire_clients.Engine``; ``source`` is as in ``run_plan``."""
     from wearfleet_edge.trainer import Limits, TrainingData, run_plan, start_state, upload_tensors
     from wearfleet_protos.codecs import Residual
     from wearfleet_protos.tensors import decode_tensors, encode_tensors
@@ -339,7 +342,7 @@ def device_engine(
     before = start_state(plan, decode_tensors(tensors, plan.download_specs()), local)
     limits = Limits(plan.budget.seconds, float("inf"), lambda: 0, time.monotonic, lambda: False)
     data = TrainingData(client.train, client.holdout)
-    result = run_plan(plan, graphs, before, data, round_number=round_number, limits=limits)
+    result = run_plan(plan, graphs, before, data, round_number=round_number, limits=limits, source=source)
     stays = {spec.name: result.state[spec.name] for spec in plan.local_specs()}
     update = upload_tensors(plan, before, result.state)
     encoded = plan.update_format().encode(

@@ -79,6 +79,7 @@ def create_strategy(name: str, options: Mapping[str, object]) -> Strategy:
         raise ConfigError(f"unknown option {unknown[0]!r} of {name}; known: {', '.join(sorted(known))}")
     parts = {part.name: getattr(chosen(), part.name) for part in fields(AveragingStrategy)}
     made = {part: replace(value, **_own(type(value), options)) for part, value in parts.items()}
+    made["local"] = replace(made["local"], record=made["privacy"].record)
     strategy = chosen(**made, **_own(chosen, options))
     check_composition(strategy)
     return strategy

@@ -36,6 +36,7 @@ ADDITIONS: Final = (
     "secagg",
     "central_dp",
     "local_dp",
+    "record_dp",
     "robust",
     "compression",
     "async",

@@ -22,9 +22,12 @@ from wearfleet_cloud.federated.client_steps import (
     evaluation_step,
     is_trained,
     optimising_step,
+    ruled,
     training_step,
 )
 from wearfleet_cloud.federated.plan_compiler import Step
+from wearfleet_cloud.federated.privacy.options import RECORD_CLIP, RECORD_SIGMA
+from wearfleet_cloud.federated.record_gradients import noised_gradient, noised_numbers
 from wearfleet_cloud.federated.training_options import LocalTraining
 
 __all__ = [
@@ -54,7 +57,8 @@ PERSONAL_PREFIX = "personal/"
 class ClientPhase:
     """One pure step in a loop; results named like a tensor are its new value, the others are metrics to be summed.
 
-    With ``when``, the name of a () float32 tensor, it is left out where that is not above 1/2.
+    With ``when``, the name of a () float32 tensor, it is left out where that is not above 1/2. ``noise`` is how many
+    secret normal numbers a step takes.
     """
 
     name: str
@@ -62,6 +66,7 @@ class ClientPhase:
     loop: Loop
     scalars: tuple[tuple[str, float], ...]
     when: str = ""
+    noise: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +150,8 @@ def personal_phase(
     rule: GradientRule | None = None,
     scalars: tuple[tuple[str, float], ...] = (),
 ) -> tuple[ClientPhase, tuple[TensorSpec, ...]]:
-    """As :func:`training_phase`, on the personal track."""
-    phase, slots = training_phase(model, local, name=name, rule=rule, scalars=scalars)
+    """As :func:`training_phase`, on the personal track, which stays on the device and needs no noise."""
+    phase, slots = training_phase(model, replace(local, record=None), name=name, rule=rule, scalars=scalars)
     return replace(phase, step=on_track(phase.step, _tracked(model), PERSONAL_PREFIX)), slots
 
 
@@ -171,15 +176,22 @@ def training_phase(
         local: optimiser and loop.
         name: of the phase; unless it is ``train``, the optimiser's tensors begin with it, to be the phase's own.
         roles: of the parameters that are trained.
-        rule: changes the gradients before the optimiser.
+        rule: changes the gradients before the optimiser, after the noise of ``local.record``.
         loss: None for the weighted mean cross-entropy.
         scalars: numbers for the rule and the loss.
 
     Returns:
         The phase and the optimiser's tensors.
     """
-    step, slots = training_step(model, tensor_specs(model), local.build(), rule, roles=roles, loss=loss)
-    return _phase_of(name, step, slots, local, scalars)
+    specs = tensor_specs(model)
+    if local.record is None:
+        step, slots = training_step(model, specs, local.build(), rule, roles=roles, loss=loss)
+        return _phase_of(name, step, slots, local, scalars)
+    direction = ruled(noised_gradient(model, specs, roles, loss), rule)
+    step, slots = optimising_step(specs, local.build(), direction, roles)
+    sizes = ((RECORD_CLIP, local.record.clip), (RECORD_SIGMA, local.record.sigma))
+    phase, slots = _phase_of(name, step, slots, local, (*sizes, *scalars))
+    return replace(phase, noise=noised_numbers(specs, roles)), slots
 
 
 def optimised_phase(

@@ -20,13 +20,16 @@ __all__ = [
     "GradientRule",
     "Loss",
     "Tensors",
+    "WithEmbedding",
     "called",
     "cross_entropy",
     "embedding_of",
     "evaluation_step",
     "is_trained",
     "loss_gradient",
+    "metrics_of",
     "optimising_step",
+    "ruled",
     "training_step",
     "weighted_mean",
 ]
@@ -61,7 +64,7 @@ def evaluation_step(model: nn.Module) -> Step:
 
     def step(given: Tensors) -> Tensors:
         logits = functional_call(evaluated, {name: given[name] for name in names}, (given["x"],))
-        return _metrics(logits, cross_entropy(logits, given["y"]), given)
+        return metrics_of(logits, cross_entropy(logits, given["y"]), given)
 
     return step
 
@@ -90,13 +93,17 @@ def training_step(
         The step, and the specifications of the optimiser's tensors. Results are the new parameters, the buffers that
         changed, the optimiser's tensors, and the metrics of ``evaluation_step`` on the batch before the update.
     """
-    gradient = loss_gradient(model, specs, roles, loss)
+    return optimising_step(specs, optimiser, ruled(loss_gradient(model, specs, roles, loss), rule), roles)
+
+
+def ruled(gradient: Direction, rule: GradientRule | None) -> Direction:
+    """A gradient, changed by a rule if there is one."""
 
     def direction(params: Tensors, given: Tensors) -> tuple[Tensors, Tensors, Tensors]:
         grads, buffers, metrics = gradient(params, given)
         return (grads if rule is None else rule(grads, params, given)), buffers, metrics
 
-    return optimising_step(specs, optimiser, direction, roles)
+    return direction
 
 
 def loss_gradient(
@@ -115,7 +122,7 @@ def loss_gradient(
         loss: None for the weighted mean cross-entropy.
     """
     trains = TensorRole.SHARED in roles and model.spec.frozen == "none"
-    trained = _Embedding(copy.deepcopy(model).train(trains))
+    trained = WithEmbedding(copy.deepcopy(model).train(trains))
     rest = tuple(spec.name for spec in specs if not is_trained(spec, roles))
 
     def gradient(params: Tensors, given: Tensors) -> tuple[Tensors, Tensors, Tensors]:
@@ -127,9 +134,9 @@ def loss_gradient(
             features, logits = functional_call(trained, tensors, arguments)
             losses = cross_entropy(logits, given["y"])
             value = weighted_mean(losses, given) if loss is None else loss(features, logits, given)
-            after = {name: tensors[_Embedding.PREFIX + name] for name in rest}
+            after = {name: tensors[WithEmbedding.PREFIX + name] for name in rest}
             changed = {name: tensor for name, tensor in after.items() if tensor is not fixed[name]}
-            return value, (changed, _metrics(logits.detach(), losses.detach(), given))
+            return value, (changed, metrics_of(logits.detach(), losses.detach(), given))
 
         grads, (_, (buffers, metrics)) = grad_and_value(objective, has_aux=True)(params)
         return grads, buffers, metrics
@@ -179,7 +186,7 @@ class _Method(nn.Module):
         return self.method(argument)
 
 
-class _Embedding(nn.Module):
+class WithEmbedding(nn.Module):
     """A classifier that returns its embedding beside its logits."""
 
     PREFIX: ClassVar[str] = "network."
@@ -189,9 +196,11 @@ class _Embedding(nn.Module):
         self.network = network
 
     def names(self, tensors: Tensors) -> Tensors:
+        """The tensors of the classifier under the names they have here."""
         return {self.PREFIX + name: tensor for name, tensor in tensors.items()}
 
     def forward(self, x: Tensor, weight: Tensor | None, rng: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, C, T) -> (B, F) and (B, K)."""
         features = self.network.features(x, weight, rng)
         return features, self.network.classify(features)
 
@@ -225,7 +234,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -(torch.log_softmax(logits, dim=1) * chosen).sum(dim=1)
 
 
-def _metrics(logits: Tensor, losses: Tensor, given: Tensors) -> Tensors:
+def metrics_of(logits: Tensor, losses: Tensor, given: Tensors) -> Tensors:
+    """``loss_sum``, ``correct`` and ``count`` of (B, K) logits and (B,) losses, weighted by window."""
     weight = given["weight"]
     hits = (logits.argmax(dim=1) == given["y"]).to(weight.dtype)
     return {

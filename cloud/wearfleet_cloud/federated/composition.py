@@ -59,6 +59,9 @@ _MIXTURES: Final[Mapping[str, str]] = {
     "secagg": "a client's mixture is made of single models, which a sum does not show; use fedbn or ditto",
     "central_dp": "noise in a sum protects none of the single models that mixtures are made of; use fedbn or ditto",
     "local_dp": "clients are compared by small statistics that the noise would drown; use fedbn or ditto",
+    "record_dp": (
+        "clients are compared by statistics of their windows, which no noise of a step covers; use fedbn or ditto"
+    ),
     "robust": "a rule makes one model for all; a mixture weighs strange models low by itself; use ditto for a bound",
     "async": "a mixture is made of models of one version; use fedbuff, or ditto in rounds",
 }
@@ -66,6 +69,10 @@ _RING: Final[Mapping[str, str]] = {
     "secagg": "a ring has no sum: each model goes to the next client alone; use fedavg",
     "central_dp": "a ring has no sum that the server could noise; use fedavg",
     "local_dp": "noise would add up at every hop of the ring; use fedavg",
+    "record_dp": (
+        "whether a client takes a model over or learns from it follows from counted hits on its windows, which no "
+        "noise covers; use fedavg or ditto"
+    ),
     "robust": "poison travels the ring from client to client and no rule sees two models; use fedavg or ditto",
     "compression": "what a codec leaves out is missing in the next client's model, not averaged away; leave it off",
     "async": "a ring has one client at work at a time; use fedbuff",
@@ -93,6 +100,20 @@ _UNSOUND_WITH: Final[Mapping[tuple[str, str], str]] = {
         "masks cancel only among clients that are present together, and a buffer mixes clients that started at "
         "different times; use fedavg in rounds"
     ),
+    ("fedrep", "record_dp"): (
+        "head and body are trained in two phases, each of which would cost as much; use fedper, which trains both in "
+        "one"
+    ),
+    ("perfedavg", "record_dp"): (
+        "a meta-gradient mixes the windows of a batch, so none has a gradient of its own to clip; use ditto"
+    ),
+    ("fedclip", "record_dp"): (
+        "its loss contrasts the windows of a batch with each other, so none has a gradient of its own to clip; use "
+        "fedper"
+    ),
+    ("zoopfl", "record_dp"): (
+        "its steps are differences of losses of a whole batch, so no window has a gradient to clip; use fedper"
+    ),
     **{
         (name, addition): why
         for name in ("epfl", "fedap", "fedhealth2")
@@ -101,7 +122,7 @@ _UNSOUND_WITH: Final[Mapping[tuple[str, str], str]] = {
     **{("metafed", addition): why for addition, why in _RING.items()},
     **{
         ("local", addition): "nothing is uploaded, so there is nothing to do it to; leave it off"
-        for addition in ("secagg", "central_dp", "local_dp", "robust", "compression")
+        for addition in ("secagg", "central_dp", "local_dp", "record_dp", "robust", "compression")
     },
 }
 

@@ -52,19 +52,16 @@ def _convolution_backward(  # noqa: PLR0917 - ATen's signature
     one large matrix product, twice as fast in ONNX Runtime as swapping batch and channel axes.
 
     With B windows: ``grad`` (B, O, L), ``x`` (B, C, T), ``kernel`` (O, C, k); the rest as in
-    ``aten::convolution_backward``.
+    ``aten::convolution_backward``. The gradient for the kernel of each of G windows by itself comes as one of G groups:
+    ``grad`` (1, G O, L), ``x`` (1, G C, T), and is the same two-dimensional convolution in G groups.
 
     Raises:
-        ConfigError: the convolution is not a plain one (stride 1, no padding or dilation, one group, one dimension).
+        ConfigError: the convolution is not a plain one (stride 1, no padding or dilation, one dimension; groups only
+            for the kernel, of one window).
     """
-    plain = (tuple(stride), tuple(padding), tuple(dilation), transposed, groups) == (
-        (1,),
-        (0,),
-        (1,),
-        False,
-        1,
-    )
-    if not plain or grad.dim() != 3:
+    plain = (tuple(stride), tuple(padding), tuple(dilation), transposed) == ((1,), (0,), (1,), False)
+    by_window = x.shape[0] == 1 and tuple(output_mask) == (False, True, False)
+    if not plain or grad.dim() != 3 or (groups != 1 and not by_window):
         raise ConfigError(
             "a plan's training step supports Conv1d with stride 1, no padding, no dilation and one group; "
             f"got stride {list(stride)}, padding {list(padding)}, dilation {list(dilation)}, groups {groups}"
@@ -74,8 +71,8 @@ def _convolution_backward(  # noqa: PLR0917 - ATen's signature
     if output_mask[0]:
         grad_x = _ATEN.convolution(grad, kernel, None, [1], [0], [1], True, output_padding, 1)
     if output_mask[1]:
-        rows = x.reshape(1, windows, channels, length)
+        rows = x.reshape(1, windows * groups, channels // groups, length)
         taps = grad.transpose(0, 1).reshape(grad.shape[1], windows, 1, grad.shape[2])
-        grad_kernel = _ATEN.convolution(rows, taps, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        grad_kernel = _ATEN.convolution(rows, taps, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups)
         grad_kernel = grad_kernel.reshape(kernel.shape)
     return grad_x, grad_kernel, grad.sum(dim=2).sum(dim=0) if output_mask[2] else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.tensors import TensorRole
 
-from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
+from wearfleet_cloud.federated.base import ADDITIONS, AveragingStrategy, StrategyInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,7 @@ class FedClip(AveragingStrategy):
         name="fedclip",
         paper="Lu et al. 2023, arXiv:2302.13485",
         uploaded=(TensorRole.SHARED,),
+        composes_with=tuple(a for a in ADDITIONS if a != "record_dp"),
         hyper_parameters={
             "target": "identity (a window is like itself only, the paper's) or class_soft (like all of its class)"
         },

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.tensors import TensorRole
 
-from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
+from wearfleet_cloud.federated.base import ADDITIONS, AveragingStrategy, StrategyInfo
 
 if TYPE_CHECKING:
     from wearfleet_models.classifier import Classifier
@@ -37,6 +37,7 @@ class FedRep(AveragingStrategy):
         paper="Collins et al. 2021, arXiv:2102.07078",
         uploaded=(TensorRole.SHARED, TensorRole.NORM_AFFINE, TensorRole.NORM_STAT, TensorRole.COUNTER),
         kept_local=(TensorRole.HEAD,),
+        composes_with=tuple(a for a in ADDITIONS if a != "record_dp"),
         phases=("evaluate_before", "train_head", "train_body", "evaluate_after"),
         hyper_parameters={
             "head_epochs": "passes over the windows for the head, before those for the body; >= 1"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from wearfleet_protos.errors import ConfigError
 
-from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
+from wearfleet_cloud.federated.base import ADDITIONS, AveragingStrategy, StrategyInfo
 from wearfleet_cloud.federated.server_optimiser import check_positive
 from wearfleet_cloud.federated.training_options import LocalTraining
 
@@ -46,6 +46,7 @@ class PerFedAvg(AveragingStrategy):
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="perfedavg",
         paper="Fallah et al. 2020, arXiv:2002.07948",
+        composes_with=tuple(a for a in ADDITIONS if a != "record_dp"),
         phases=("evaluate_before", "train", "adapt", "evaluate_after"),
         hyper_parameters={
             "form": "first_order (two gradients a step) or hessian_free (four)",

@@ -22,6 +22,7 @@ from wearfleet_cloud.federated.client_program import ClientPhase, ClientProgram
 from wearfleet_cloud.federated.plan_compiler import OUTPUT_PREFIX, CompiledGraph, compile_graph
 from wearfleet_cloud.federated.plan_layers import with_plan_layers
 from wearfleet_cloud.federated.privacy.central import check_private
+from wearfleet_cloud.federated.privacy.record import check_record
 
 __all__ = ["DEFAULT_BUDGET", "build_plan"]
 
@@ -79,6 +80,7 @@ def build_plan(
         budget=budget,
         seed=seed,
     )
+    check_record(plan, strategy.privacy.record)
     return plan, {graph.digest: graph.data for graph in compiled.values()}
 
 
@@ -101,6 +103,8 @@ def _example(program: ClientProgram, phase: ClientPhase, contract: InputContract
         "y": torch.zeros(size, dtype=torch.int64),
         "weight": torch.zeros(size),
         "rng": torch.zeros((), dtype=torch.int64),
+        "noise": torch.zeros(phase.noise),
+        "expected": torch.zeros(()),
     }
     return {**state, **batch, **{name: torch.zeros(()) for name, _ in phase.scalars}}
 
@@ -120,6 +124,7 @@ def _phase(program: ClientProgram, phase: ClientPhase, graph: CompiledGraph) -> 
         loop=phase.loop,
         scalars=phase.scalars,
         when=phase.when,
+        noise=phase.noise,
     )
 
 

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from wearfleet_models.classifier import Classifier
-from wearfleet_protos.batching import batches, part_of, rng_key
+from wearfleet_protos.batching import part_of, rng_key
 from wearfleet_protos.errors import ConfigError
+from wearfleet_protos.records import SecretSource, Source, expected_batch, steps_of
 from wearfleet_protos.tensors import TensorSpec
 from wearfleet_protos.windowing import LabelledWindows
 
@@ -44,6 +45,7 @@ def run_client(
     *,
     seed: int,
     round_number: int,
+    source: Source | None = None,
 ) -> ClientResult:
     """One round of one client.
 
@@ -55,11 +57,13 @@ def run_client(
         windows: ``train`` and ``holdout``.
         seed: of the plan.
         round_number: from 1.
+        source: of secret batches and their noise; None for the operating system's.
 
     Raises:
         ConfigError: a split has no windows.
     """
     program = strategy.client(model)
+    drawn = SecretSource() if source is None else source
     start: Tensors = {}
     for spec in program.tensors:
         start[spec.name] = _first_value(spec, downloaded, persisted, start)
@@ -69,7 +73,7 @@ def run_client(
         if phase.when and not float(state[phase.when]) > 0.5:
             continue
         chosen = part_of(phase.loop.split, windows["train"], windows["holdout"])
-        state, sums = _run_phase(phase, state, chosen, (seed, round_number, index))
+        state, sums = _run_phase(phase, state, chosen, (seed, round_number, index), drawn)
         metrics |= {f"{phase.name}/{name}": value for name, value in sums.items()}
     upload = strategy.info.upload()
     sent = [s.name for s in program.tensors if s.role in upload.roles and s.group in upload.groups]
@@ -97,16 +101,23 @@ def _first_value(
 
 
 def _run_phase(
-    phase: ClientPhase, state: Tensors, windows: LabelledWindows, place: tuple[int, int, int]
+    phase: ClientPhase,
+    state: Tensors,
+    windows: LabelledWindows,
+    place: tuple[int, int, int],
+    source: Source,
 ) -> tuple[Tensors, dict[str, float]]:
     seed, round_number, index = place
     if not len(windows.y):
         raise ConfigError(f"phase {phase.name} has no windows in split {phase.loop.split}")
     scalars = {name: torch.tensor(value, dtype=torch.float32) for name, value in phase.scalars}
     sums: dict[str, float] = {}
-    for step, rows in enumerate(batches(phase.loop, seed, round_number, len(windows.y))):
+    size = torch.tensor(expected_batch(phase.loop, len(windows.y)), dtype=torch.float32)
+    for step, rows in enumerate(steps_of(phase.loop, seed, round_number, len(windows.y), source)):
         key = torch.tensor(rng_key(seed, round_number, index, step), dtype=torch.int64)
-        results = phase.step({**state, **scalars, **_batch(windows, rows, phase.loop.batch_size), "rng": key})
+        noise = torch.from_numpy(source.standard_normal(phase.noise).astype(np.float32))
+        drawn = {"rng": key, "noise": noise, "expected": size}
+        results = phase.step({**state, **scalars, **_batch(windows, rows, phase.loop.batch_size), **drawn})
         state = {name: results.get(name, tensor) for name, tensor in state.items()}
         for name, value in results.items():
             if name not in state:

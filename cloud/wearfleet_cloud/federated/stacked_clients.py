@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 from wearfleet_models.classifier import Classifier
-from wearfleet_protos.batching import batches, part_of, rng_key
+from wearfleet_protos.batching import part_of, rng_key
 from wearfleet_protos.codecs import FLOAT32, Residual, UpdateFormat
 from wearfleet_protos.privacy import protected
+from wearfleet_protos.records import Source, expected_batch, steps_of
 from wearfleet_protos.tensors import TensorSpec
 from wearfleet_protos.windowing import LabelledWindows
 
@@ -27,12 +28,14 @@ from wearfleet_cloud.federated.plan_layers import with_plan_layers
 from wearfleet_cloud.federated.selection_protocols import VALIDATION
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 
-__all__ = ["ClientRound", "Kept", "Runner", "StackedClients", "downloaded_specs"]
+__all__ = ["ClientRound", "Kept", "Runner", "StackedClients", "downloaded_specs", "seeded_source"]
 
 Tensors = dict[str, Tensor]
 
 _NOISE: Final = 0x10CA
 """Keeps the noise of clients apart from other random numbers."""
+_RECORDS: Final = 0xD95
+"""The same for secret batches and the noise of steps."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +86,12 @@ class Runner(Protocol):
         Where all clients have a validation part, phases over the held-out part are measured on it too, with metrics
         ``validation/phase/metric``.
         """
+
+
+def seeded_source(seed: int, round_number: int, client: str) -> Source:
+    """What a simulated client draws secret batches and noise from; it follows from the seed, so it protects nobody."""
+    key = rng_key(seed, round_number, _RECORDS, crc32(client.encode()))
+    return np.random.Generator(np.random.PCG64(key))
 
 
 def downloaded_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -140,13 +149,14 @@ class StackedClients:
         start = {name: state[name].clone() for name in self._sent}
         sums: list[dict[str, float]] = [{} for _ in clients]
         steps = np.zeros(len(clients), np.int64)
+        sources = [seeded_source(self._seed, round_number, client.name) for client in clients]
         for index, phase in enumerate(self._program.phases):
             windows = [part_of(phase.loop.split, client.train, client.holdout) for client in clients]
             validation = [client.validation for client in clients if client.validation is not None]
             if phase.loop.split == "holdout" and validation:
-                _, metrics = self._phase(phase, dict(state), validation, (round_number, index))
+                _, metrics = self._phase(phase, dict(state), validation, (round_number, index), sources)
                 _note(sums, VALIDATION + phase.name, metrics)
-            made, metrics = self._phase(phase, state, windows, (round_number, index))
+            made, metrics = self._phase(phase, state, windows, (round_number, index), sources)
             steps += made
             _note(sums, phase.name, metrics)
         update = {name: (state[name] - start[name]).cpu().numpy() for name in self._sent}
@@ -204,11 +214,19 @@ class StackedClients:
         return torch.from_numpy(np.stack(arrays)).to(self._device)
 
     def _phase(
-        self, phase: ClientPhase, state: Tensors, windows: Sequence[LabelledWindows], place: tuple[int, int]
+        self,
+        phase: ClientPhase,
+        state: Tensors,
+        windows: Sequence[LabelledWindows],
+        place: tuple[int, int],
+        sources: Sequence[Source],
     ) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
         """Run a phase for all; changes ``state``. Returns the steps that changed it, and the metrics of each client."""
         round_number, index = place
-        plans = [list(batches(phase.loop, self._seed, round_number, len(w))) for w in windows]
+        plans = [
+            steps_of(phase.loop, self._seed, round_number, len(w), source)
+            for w, source in zip(windows, sources, strict=True)
+        ]
         if phase.when:
             runs = state[phase.when] > 0.5
             plans = [plan if run else [] for plan, run in zip(plans, runs.tolist(), strict=True)]
@@ -221,6 +239,9 @@ class StackedClients:
             everyone = len(active) == len(plans)
             stacked = state if everyone else {name: tensor[rows] for name, tensor in state.items()}
             batch = self._batch([(windows[c], plans[c][step]) for c in active], phase.loop.batch_size)
+            if phase.noise:
+                sizes = [expected_batch(phase.loop, len(windows[c])) for c in active]
+                batch |= self._drawn([sources[c] for c in active], sizes, phase.noise)
             key = torch.tensor(rng_key(self._seed, round_number, index, step), device=self._device)
             results = _call(phase, {**stacked, **batch}, {**scalars, "rng": key})
             for name, value in results.items():
@@ -233,6 +254,12 @@ class StackedClients:
         made = np.array([len(plan) if changes else 0 for plan in plans], np.int64)
         values = {name: total.tolist() for name, total in totals.items()}
         return made, [{name: row[client] for name, row in values.items()} for client in range(len(plans))]
+
+    def _drawn(self, sources: Sequence[Source], sizes: Sequence[float], numbers: int) -> Tensors:
+        """Noise (clients, P) and mean size (clients,) of a step's secret batches."""
+        noise = np.stack([source.standard_normal(numbers) for source in sources]).astype(np.float32)
+        made = {"noise": noise, "expected": np.array(sizes, np.float32)}
+        return {name: torch.from_numpy(array).to(self._device) for name, array in made.items()}
 
     def _batch(self, chosen: Sequence[tuple[LabelledWindows, NDArray[np.int64]]], size: int) -> Tensors:
         """The next windows of each client, (clients, B, ...), padded with zeros of weight 0."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.plan import Loop
 
+from wearfleet_cloud.federated.privacy.options import RecordPrivacy
+
 if TYPE_CHECKING:
     from wearfleet_cloud.training.optimisers import Optimiser
 
@@ -27,6 +29,8 @@ class LocalTraining:
         batch_size: windows a step.
         epochs: passes over the client's windows a round.
         max_steps: stop a round after so many steps; 0 means no limit.
+        record: how steps protect single windows; they then have secret batches, of ``batch_size`` at most, in place
+            of epochs.
 
     Raises:
         ConfigError: an option is out of range.
@@ -39,6 +43,7 @@ class LocalTraining:
     batch_size: int = 32
     epochs: int = 1
     max_steps: int = 0
+    record: RecordPrivacy | None = None
 
     def __post_init__(self) -> None:
         if self.optimiser not in _OPTIMISERS:
@@ -58,6 +63,12 @@ class LocalTraining:
                 f"got {self.momentum}, {self.weight_decay}"
             )
 
+        if self.record is not None and (self.epochs != 1 or self.max_steps):
+            raise ConfigError(
+                "dp=record has a fixed number of noised steps in place of epochs; set record_steps and leave epochs "
+                "and max_steps out"
+            )
+
     def build(self) -> "Optimiser":
         """The optimiser."""
         from wearfleet_cloud.training.optimisers import Adam, Sgd  # noqa: PLC0415  a server that only folds needs no torch
@@ -67,7 +78,10 @@ class LocalTraining:
         return Sgd(momentum=self.momentum, weight_decay=self.weight_decay)
 
     def train_loop(self) -> Loop:
-        """Shuffled passes over the earlier part of the wearer's recording."""
+        """Shuffled passes over the earlier part of the wearer's recording, or secret batches of it."""
+        if self.record is not None:
+            steps, rate = self.record.steps, self.record.sampling_rate
+            return Loop("train", self.batch_size, 1, steps, shuffle=False, sampling_rate=rate)
         return Loop("train", self.batch_size, self.epochs, self.max_steps, shuffle=True)
 
     def holdout_loop(self) -> Loop:

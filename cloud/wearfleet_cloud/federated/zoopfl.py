@@ -22,7 +22,7 @@ from wearfleet_protos.plan import Loop
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Contribution
-from wearfleet_cloud.federated.base import AveragingStrategy, StrategyInfo
+from wearfleet_cloud.federated.base import ADDITIONS, AveragingStrategy, StrategyInfo
 from wearfleet_cloud.federated.server_optimiser import check_positive
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class ZooPFL(AveragingStrategy):
         paper="Lu et al. 2023, arXiv:2310.05143",
         uploaded=(TensorRole.SHARED, TensorRole.AUX),
         kept_local=(TensorRole.HEAD, TensorRole.CLIENT_EMB),
+        composes_with=tuple(a for a in ADDITIONS if a != "record_dp"),
         phases=("evaluate_before", "begin", "reconstruct", "operate", "remap", "evaluate_after"),
         hyper_parameters={
             "width": "numbers that the encoder leaves of a window",

@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, get_args
 
 from sqlalchemy.engine import Connection
 
 from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated.privacy.accounting import Unit
 from wearfleet_cloud.federated.privacy.ledger import Ledger, charged, cost_of_round
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.round import Round
@@ -75,23 +76,33 @@ def privacy_of(connection: Connection, device_id: str) -> dict[str, object]:
         device_id: of the device.
 
     Returns:
-        ``epsilon`` at ``delta`` (that of the newest private run), ``rounds`` it was entered for, ``not_asked``.
+        For ``client`` and for ``record``, which are never summed up: ``epsilon`` at ``delta`` (that of the newest run
+        that protects it) and ``rounds`` it was entered for; and ``not_asked``.
 
     Raises:
         ConfigError: the library for accounting is not installed.
     """
     ledger, runs = read_ledger(connection, device_id), list_runs(connection)
     private = [options for options in map(_options, runs) if options.dp != "off"]
-    delta = (private or [PrivacyOptions()])[-1].dp_delta
     return {
-        "epsilon": ledger.epsilon(device_id, delta),
-        "delta": delta,
-        "rounds": len(ledger.entries.get(device_id, {})),
+        **{unit: _spent(ledger, device_id, unit, private) for unit in get_args(Unit)},
         "not_asked": {
             run.run_id: reason
             for run in runs
             if run.state == "running" and (reason := ledger.refusal(device_id, _options(run)))
         },
+    }
+
+
+def _spent(
+    ledger: Ledger, device_id: str, unit: Unit, private: Sequence[PrivacyOptions]
+) -> dict[str, object]:
+    deltas = [o.dp_delta for o in private if (cost := cost_of_round(o)) is not None and cost.unit == unit]
+    delta = (deltas or [PrivacyOptions().dp_delta])[-1]
+    return {
+        "epsilon": ledger.epsilon(device_id, delta, unit),
+        "delta": delta,
+        "rounds": len(ledger.spent(device_id, unit)),
     }
 
 

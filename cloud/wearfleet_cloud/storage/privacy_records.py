@@ -36,6 +36,7 @@ def write_spends(
             "noise_multiplier": cost.noise_multiplier,
             "sampling_rate": cost.sampling_rate,
             "count": cost.count,
+            "unit": cost.unit,
             "entered_ns": now_ns,
         }
         insert_or_skip(connection, table, [{**common, "device_id": device} for device in sorted(devices)])
@@ -49,5 +50,7 @@ def read_ledger(connection: Connection, device_id: str | None = None) -> Ledger:
     entries: dict[str, dict[tuple[str, int], Spend]] = {}
     for row in connection.execute(query).mappings():
         own = entries.setdefault(row["device_id"], {})
-        own[row["run_id"], row["round"]] = Spend(row["noise_multiplier"], row["sampling_rate"], row["count"])
+        own[row["run_id"], row["round"]] = Spend(
+            row["noise_multiplier"], row["sampling_rate"], row["count"], row["unit"]
+        )
     return Ledger(entries)

@@ -169,6 +169,7 @@ privacy_spends: Final = Table(
     Column("noise_multiplier", Float, nullable=False),
     Column("sampling_rate", Float, nullable=False),
     Column("count", Integer, nullable=False),
+    Column("unit", String(16), nullable=False, server_default="client"),
     Column("entered_ns", BigInteger, nullable=False),
     ForeignKeyConstraint(["run_id", "round"], ["rounds.run_id", "rounds.round"]),
 )

@@ -21,11 +21,16 @@ UNSOUND = {
     *(
         (name, addition)
         for name in ("epfl", "fedap", "fedhealth2", "metafed")
-        for addition in ("secagg", "central_dp", "local_dp", "robust", "async")
+        for addition in ("secagg", "central_dp", "local_dp", "record_dp", "robust", "async")
     ),
+    # section 21 has record-level privacy for the ring; see composition.py
+    *((name, "record_dp") for name in ("fedrep", "fedclip", "zoopfl", "perfedavg")),
     ("metafed", "compression"),
     *(("metafed-site", addition) for addition in ADDITIONS if addition != "partial_participation"),
-    *(("local", addition) for addition in ("secagg", "central_dp", "local_dp", "robust", "compression")),
+    *(
+        ("local", addition)
+        for addition in ("secagg", "central_dp", "local_dp", "record_dp", "robust", "compression")
+    ),
 }
 """Of specs/federated.md section 21, written again by hand."""
 

@@ -22,7 +22,7 @@ from wearfleet_cloud.federated.round_events import (
     UpdateRejected,
     UpdateSubmitted,
 )
-from wearfleet_protos.errors import ProtocolError
+from wearfleet_protos.errors import ConfigError, ProtocolError
 from wearfleet_protos.tensors import digest_of
 
 CENTRAL = PrivacyOptions("central", 2.0, expected_cohort=3)
@@ -78,7 +78,7 @@ def test_a_round_is_entered_once_for_those_whose_update_was_published(events) ->
     expected = published if current.state in TERMINAL else set(current.invited)
     assert {client for client, own in ledger.entries.items() if own} == expected
     for client in expected:
-        assert ledger.epsilon(client, 1e-5) == epsilon_of([Spend(2.0)], 1e-5)
+        assert ledger.epsilon(client, 1e-5, "client") == epsilon_of([Spend(2.0)], 1e-5)
 
 
 def test_a_client_is_refused_when_the_next_round_would_exceed_its_budget() -> None:
@@ -99,8 +99,47 @@ def test_rounds_of_other_runs_and_with_other_noise_count_too() -> None:
     ledger = (
         Ledger().with_round(("one", 1), ["anna"], Spend(2.0)).with_round(("two", 1), ["anna"], Spend(1.0))
     )
-    assert ledger.epsilon("anna", 1e-5) == epsilon_of([Spend(1.0), Spend(2.0)], 1e-5)
-    assert ledger.epsilon("anna", 1e-5, Spend(0.0)) == math.inf
+    assert ledger.epsilon("anna", 1e-5, "client") == epsilon_of([Spend(1.0), Spend(2.0)], 1e-5)
+    assert ledger.epsilon("anna", 1e-5, "client", Spend(0.0)) == math.inf
+
+
+RECORD = PrivacyOptions("record", 1.1, sampling_rate=0.01, record_steps=100)
+
+
+def test_records_and_clients_are_never_summed_up() -> None:
+    cost = cost_of_round(RECORD)
+    assert cost == Spend(1.1, 0.01, 100, "record")
+    ledger = Ledger().with_round(("one", 1), ["anna"], Spend(2.0))
+    for number in range(1, 11):
+        ledger = ledger.with_round(("two", number), ["anna"], cost)
+    assert ledger.epsilon("anna", 1e-5, "client") == epsilon_of([Spend(2.0)], 1e-5)
+    assert f"{ledger.epsilon('anna', 1e-5, 'record'):.2f}" == "1.73"  # 1000 steps: the anchor of section 18
+    with pytest.raises(ConfigError, match="each by itself"):
+        ledger.epsilon("anna", 1e-5, "client", cost)
+
+
+def test_the_budget_of_records_counts_noised_steps_alone() -> None:
+    ledger = Ledger().with_round(("one", 1), ["anna"], Spend(0.1))
+    cost = cost_of_round(RECORD)
+    assert cost is not None
+    options = replace(RECORD, max_epsilon=epsilon_of([replace(cost, count=200)], 1e-5))
+    for number in (1, 2):
+        assert ledger.refusal("anna", options) == ""
+        ledger = ledger.with_round(("two", number), ["anna"], cost)
+    assert "record-level epsilon" in ledger.refusal("anna", options)
+
+
+def test_a_round_without_a_number_of_steps_has_every_window_once_in_the_mean() -> None:
+    cost = cost_of_round(PrivacyOptions("record", 1.0, sampling_rate=0.3))
+    assert cost == Spend(1.0, 0.3, 4, "record")
+    assert cost_of_round(PrivacyOptions("record", sampling_rate=0.1)) == Spend(1.0, 0.1, 10, "record")
+
+
+def test_whoever_is_invited_to_noised_steps_is_charged_whatever_comes_of_the_round() -> None:
+    """The device draws noise by itself and may have sent what nobody counts."""
+    for state in (RoundState.PUBLISHED, RoundState.SKIPPED):
+        current = Round("run", 1, DIGESTS[0], RoundPolicy(), state, CLIENTS)
+        assert charged(RECORD, current) == frozenset(CLIENTS)
 
 
 @pytest.mark.parametrize("state", sorted(RoundState))

@@ -8,11 +8,14 @@ arXiv:1805.06530). Where each release is of a Poisson sample, it is an upper bou
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from wearfleet_protos.errors import ConfigError
 
-__all__ = ["Spend", "epsilon_of", "require_library"]
+__all__ = ["Spend", "Unit", "epsilon_of", "require_library"]
+
+Unit = Literal["client", "record"]
+"""What an epsilon is of: all that a client did, or one window of its wearer. They are never summed up."""
 
 _ORDERS: Final = (*range(2, 257), 384, 512, 1024)
 
@@ -25,6 +28,7 @@ class Spend:
         noise_multiplier: z, standard deviation of the noise over what one of them can change.
         sampling_rate: probability of being in a release, drawn afresh for each and known to nobody; 1 claims nothing.
         count: equal releases.
+        unit: what can change what one release is of.
 
     Raises:
         ConfigError: a number is out of range.
@@ -33,6 +37,7 @@ class Spend:
     noise_multiplier: float
     sampling_rate: float = 1.0
     count: int = 1
+    unit: Unit = "client"
 
     def __post_init__(self) -> None:
         if self.noise_multiplier < 0.0 or not 0.0 < self.sampling_rate <= 1.0 or self.count < 0:
@@ -46,13 +51,17 @@ def epsilon_of(spends: Iterable[Spend], delta: float) -> float:
     """The epsilon of everything together, at ``delta``; inf where one release had no noise.
 
     Args:
-        spends: in any order.
+        spends: in any order, of one unit.
         delta: between 0 and 1.
 
     Raises:
-        ConfigError: the library is not installed.
+        ConfigError: the library is not installed, or units are mixed.
     """
     counted = [spend for spend in spends if spend.count]
+    if len({spend.unit for spend in counted}) > 1:
+        raise ConfigError(
+            "epsilons of clients and of records mean different things; account for each by itself"
+        )
     if not counted:
         return 0.0
     if any(spend.noise_multiplier == 0.0 for spend in counted):

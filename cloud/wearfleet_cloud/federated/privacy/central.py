@@ -26,6 +26,7 @@ from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Con
 from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.privacy.accounting import require_library
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
+from wearfleet_cloud.federated.privacy.record import check_record
 from wearfleet_cloud.federated.robust.fold import fold_robustly
 
 __all__ = ["ClippedMean", "check_plan", "check_private", "check_upload", "fold", "next_clip"]
@@ -158,8 +159,12 @@ def check_private(strategy: Strategy, specs: Sequence[TensorSpec]) -> None:
     Raises:
         ConfigError: as :func:`check_upload`; or the library for accounting is missing.
     """
-    if strategy.privacy.dp != "off":
-        require_library()
+    if strategy.privacy.dp == "off":
+        return
+    require_library()
+    if (
+        strategy.privacy.dp != "record"
+    ):  # its noise is in the steps, and statistics of normalisation do not change
         check_upload(specs, strategy.info.upload())
 
 
@@ -171,9 +176,11 @@ def check_plan(strategy: Strategy, plan: Plan) -> None:
         plan: what devices will get.
 
     Raises:
-        ConfigError: clip or noise of the plan are not those of the options, or as :func:`check_private`.
+        ConfigError: clip or noise of the plan are not those of the options, or as :func:`check_private` and
+            ``record.check_record``.
     """
     check_private(strategy, plan.tensors)
+    check_record(plan, strategy.privacy.record)
     has = plan.upload.clip, plan.upload.noise
     needs = strategy.privacy.device_clip, strategy.privacy.device_noise
     if has != needs:

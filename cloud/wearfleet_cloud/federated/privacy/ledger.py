@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from wearfleet_cloud.federated.privacy.accounting import Spend, epsilon_of
+from wearfleet_cloud.federated.privacy.accounting import Spend, Unit, epsilon_of
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.round_record import TERMINAL, Round, RoundState
 
@@ -21,8 +21,16 @@ Place = tuple[str, int]
 
 
 def cost_of_round(options: PrivacyOptions) -> Spend | None:
-    """What a round costs a client that takes part; None where no client is protected."""
-    return None if options.dp == "off" else Spend(options.noise_multiplier)
+    """What a round costs a client that takes part, or each of its wearer's windows; None where neither is protected.
+
+    Under record-level privacy steps and sampling are the plan's, so every device has the same cost, whatever it holds.
+    """
+    if options.dp == "off":
+        return None
+    record = options.record
+    if record is None:
+        return Spend(options.noise_multiplier)
+    return Spend(options.noise_multiplier, record.sampling_rate, record.steps, "record")
 
 
 def charged(options: PrivacyOptions, current: Round) -> frozenset[str]:
@@ -65,14 +73,17 @@ class Ledger:
         """Who has an entry for a round."""
         return frozenset(client for client, own in self.entries.items() if place in own)
 
-    def epsilon(self, client: str, delta: float, more: Spend | None = None) -> float:
-        """Of everything that a client took part in, and of ``more``.
+    def spent(self, client: str, unit: Unit) -> tuple[Spend, ...]:
+        """A client's entries of one unit."""
+        return tuple(spend for spend in self.entries.get(client, {}).values() if spend.unit == unit)
+
+    def epsilon(self, client: str, delta: float, unit: Unit, more: Spend | None = None) -> float:
+        """Of everything of that unit that a client took part in, and of ``more``.
 
         Raises:
-            ConfigError: the library for accounting is not installed.
+            ConfigError: the library for accounting is not installed, or ``more`` is of the other unit.
         """
-        spends = [*self.entries.get(client, {}).values(), *([more] if more is not None else [])]
-        return _epsilon(_merged(spends), delta)
+        return _epsilon(_merged([*self.spent(client, unit), *([more] if more is not None else [])]), delta)
 
     def refusal(self, client: str, options: PrivacyOptions) -> str:
         """Why a client cannot afford another round of a run with these options; empty when it can.
@@ -83,22 +94,22 @@ class Ledger:
         cost = cost_of_round(options)
         if cost is None or options.max_epsilon == float("inf"):
             return ""
-        after = self.epsilon(client, options.dp_delta, cost)
+        after = self.epsilon(client, options.dp_delta, cost.unit, cost)
         if after <= options.max_epsilon:
             return ""
-        before = self.epsilon(client, options.dp_delta)
+        before = self.epsilon(client, options.dp_delta, cost.unit)
         return (
-            f"privacy budget: epsilon {before:.3g} is spent and {after:.3g} would be after another round, "
-            f"at most {options.max_epsilon:g} is allowed at delta {options.dp_delta:g}"
+            f"privacy budget: {cost.unit}-level epsilon {before:.3g} is spent and {after:.3g} would be after another "
+            f"round, at most {options.max_epsilon:g} is allowed at delta {options.dp_delta:g}"
         )
 
 
 def _merged(spends: Iterable[Spend]) -> tuple[Spend, ...]:
     """Equal releases as one entry, in a fixed order."""
-    counts: Counter[tuple[float, float]] = Counter()
+    counts: Counter[tuple[float, float, Unit]] = Counter()
     for spend in spends:
-        counts[spend.noise_multiplier, spend.sampling_rate] += spend.count
-    return tuple(Spend(noise, rate, count) for (noise, rate), count in sorted(counts.items()))
+        counts[spend.noise_multiplier, spend.sampling_rate, spend.unit] += spend.count
+    return tuple(Spend(noise, rate, count, unit) for (noise, rate, unit), count in sorted(counts.items()))
 
 
 @lru_cache(maxsize=4096)

@@ -6,9 +6,30 @@ from typing import Final
 
 from wearfleet_protos.errors import ConfigError
 
-__all__ = ["PrivacyOptions"]
+__all__ = ["RECORD_CLIP", "RECORD_SIGMA", "PrivacyOptions", "RecordPrivacy"]
 
-_PLACES: Final = ("off", "central", "local")
+RECORD_CLIP: Final = "record_clip"
+RECORD_SIGMA: Final = "record_sigma"
+"""Names of the scalars of a plan that say C and z C."""
+
+_PLACES: Final = ("off", "central", "local", "record")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordPrivacy:
+    """DP-SGD on the device.
+
+    Args:
+        clip: C, largest norm of the gradient of one window.
+        sigma: z C, standard deviation of the noise in the sum of a step's gradients.
+        sampling_rate: q, probability of a window to be in a step's batch.
+        steps: of a round.
+    """
+
+    clip: float
+    sigma: float
+    sampling_rate: float
+    steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +37,19 @@ class PrivacyOptions:
     """Differential privacy of a run; ``dp=off`` leaves everything as it is.
 
     Args:
-        dp: ``off``; ``central`` (the server clips every client's difference and adds noise to their sum); or ``local``
-            (every device clips and noises its own difference before it sends it).
-        noise_multiplier: z, standard deviation of the noise over what one client can change: the clip in a sum, twice
-            the clip where a device's own update is replaced by another; 0 for none.
-        clip: C, largest norm of a client's difference over all uploaded parameters together; above 0, may be inf.
+        dp: ``off``; ``central`` (the server clips every client's difference and adds noise to their sum); ``local``
+            (every device clips and noises its own difference before it sends it); or ``record`` (every device clips
+            the gradient of every window and noises every step: protects a window, not a client).
+        noise_multiplier: z, standard deviation of the noise over what one client (under ``record``: one window) can
+            change: the clip in a sum, twice the clip where a device's own update is replaced by another; 0 for none.
+        clip: C, largest norm of a client's difference (under ``record``: of a window's gradient) over all parameters
+            together; above 0, may be inf.
         adaptive_clip: ``on`` moves C towards the median norm of the differences, beginning with ``clip``.
         expected_cohort: the fixed denominator: how many updates a round is expected to have.
         count_noise: standard deviation of the noise in the count of updates that adaptive clipping uses; 0 for a
             twentieth of ``expected_cohort``.
+        sampling_rate: q, probability of a window to be in the batch of a step, under ``record``.
+        record_steps: noised steps of a round, under ``record``; 0 for 1 / q, so that every window is expected once.
         dp_delta: probability that the stated epsilon does not hold; less than one over the number of wearers.
         max_epsilon: a wearer whose budget another round would exceed is not asked; inf for no limit.
 
@@ -38,6 +63,8 @@ class PrivacyOptions:
     adaptive_clip: str = "off"
     expected_cohort: int = 0
     count_noise: float = 0.0
+    sampling_rate: float = 0.1
+    record_steps: int = 0
     dp_delta: float = 1e-5
     max_epsilon: float = math.inf
 
@@ -55,13 +82,28 @@ class PrivacyOptions:
             )
         if self.dp == "central":
             self._check_central()
-        if self.dp == "local" and (math.isinf(self.clip) or self.adaptive_clip == "on"):
-            raise ConfigError("dp=local needs a fixed, finite clip; set clip and leave adaptive_clip off")
+        if self.dp in ("local", "record") and (math.isinf(self.clip) or self.adaptive_clip == "on"):
+            raise ConfigError(
+                f"dp={self.dp} needs a fixed, finite clip; set clip and leave adaptive_clip off"
+            )
+        if not 0.0 < self.sampling_rate <= 1.0 or self.record_steps < 0:
+            raise ConfigError(
+                "sampling_rate must be above 0 and at most 1 and record_steps at least 0, "
+                f"got {self.sampling_rate}, {self.record_steps}"
+            )
 
     @property
     def addition(self) -> str:
         """Its name in ``StrategyInfo.composes_with``; empty when it is off."""
-        return {"central": "central_dp", "local": "local_dp"}.get(self.dp, "")
+        return {"central": "central_dp", "local": "local_dp", "record": "record_dp"}.get(self.dp, "")
+
+    @property
+    def record(self) -> RecordPrivacy | None:
+        """What a device does in every step; None where single windows are not protected."""
+        if self.dp != "record":
+            return None
+        steps = self.record_steps or math.ceil(1.0 / self.sampling_rate - 1e-9)
+        return RecordPrivacy(self.clip, self.clip * self.noise_multiplier, self.sampling_rate, steps)
 
     @property
     def device_clip(self) -> float:
