@@ -25,13 +25,17 @@ from wearfleet_cloud.cli import devices as devices_cli
 from wearfleet_cloud.cli import federation as federation_cli
 from wearfleet_cloud.federated.cohort import CohortPolicy
 from wearfleet_cloud.federated.privacy.accounting import Spend, epsilon_of
+from wearfleet_cloud.federated.privacy.options import RECORD_CLIP, RECORD_SIGMA
 from wearfleet_cloud.federated.round import Round, RoundPolicy
 from wearfleet_cloud.service.run_context import RunSettings
 from wearfleet_cloud.service.run_setup import start_run
 from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.storage.run_records import list_rounds
 from wearfleet_cloud.storage.tables import privacy_spends
-from wearfleet_protos.tensors import decode_tensors, digest_of
+from wearfleet_protos.errors import ConfigError
+from wearfleet_protos.plan import Loop
+from wearfleet_protos.tensors import decode_tensors, digest_of, encode_tensors
+from wearfleet_protos.v1 import federation_pb2
 
 pytestmark = pytest.mark.broker
 
@@ -49,17 +53,34 @@ OPTIONS = {
 }
 
 
-def begin(settings) -> str:
+RECORD = Spend(1.5, 0.2, 5, "record")
+RECORD_OPTIONS = {
+    "dp": "record",
+    "noise_multiplier": 1.5,
+    "clip": 0.5,
+    "sampling_rate": 0.2,
+    "record_steps": 5,
+    "max_epsilon": epsilon_of([replace(RECORD, count=10)], 1e-5) * (1 + 1e-9),
+}
+NOISED = replace(
+    PLAN.phases[0],
+    loop=Loop("train", 8, 1, 5, shuffle=False, sampling_rate=0.2),
+    scalars=((RECORD_CLIP, 0.5), (RECORD_SIGMA, 0.75)),
+    noise=17,
+)
+
+
+def begin(settings, plan=PLAN, options=OPTIONS) -> str:
     state = open_state(settings)
     try:
         return start_run(
             state.database,
             state.blobs,
             state.keys,
-            plan=PLAN,
+            plan=plan,
             graphs={digest_of(GRAPH): GRAPH},
             tensors={name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()},
-            settings=RunSettings(9, CohortPolicy(0, 2), RoundPolicy(quorum=2), OPTIONS, personalise=False),
+            settings=RunSettings(9, CohortPolicy(0, 2), RoundPolicy(quorum=2), options, personalise=False),
             now_ns=time.time_ns(),
         )
     finally:
@@ -110,16 +131,59 @@ async def test_a_round_is_entered_once_and_over_budget_a_device_is_not_asked(tmp
     _keeps_the_clip(settings, rounds)
 
 
-def _shows_why(settings, run_id: str, devices: set[str]) -> None:
+async def test_noised_steps_are_charged_once_to_whoever_is_invited(tmp_path):
+    """Anna hands in twice, then declines: a skipped round stays charged, and a third would exceed the budget."""
+    settings = service_settings(tmp_path)
+    async with running_service(settings) as service:
+        devices = [await enrolled_device(service, name) for name in ("anna", "ben")]
+        both = {device.device_id for device in devices}
+        run_id = await asyncio.to_thread(begin, settings, replace(PLAN, phases=(NOISED,)), RECORD_OPTIONS)
+        tasks = await asyncio.gather(*(device.task() for device in devices))
+        assert stored(settings, run_id)[1] == {(1, d) for d in both}  # before anything is handed in
+        await devices[0].answer(tasks[0], 1.0)
+        update = encode_tensors({name: np.ones(shape, np.float32) for name, shape in SHAPES.items()})
+        again = await devices[0].submit(tasks[0], digest_of(update))
+        assert again.status == federation_pb2.RECEIPT_STATUS_DUPLICATE
+        await devices[1].answer(tasks[1], 1.0)
+        tasks = await asyncio.gather(*(device.task() for device in devices))
+        await devices[0].decline(tasks[0], "no power")
+        await devices[1].answer(tasks[1], 7.0)
+        await until(lambda: len(stored(settings, run_id)[0]) == 3)
+        settings = fixed_ports(settings, service)
+    async with running_service(settings):
+        for device in devices:
+            await device.close()
+    rounds, entries = stored(settings, run_id)
+    assert [r.state for r in rounds] == ["published", "skipped", "planned"]
+    assert entries == {(n, d) for n in (1, 2) for d in both}
+    shown = _calls(settings)("devices", "show", min(both))["privacy"]
+    assert shown["record"]["epsilon"] == pytest.approx(
+        epsilon_of([replace(RECORD, count=10)], 1e-5), rel=1e-12
+    )
+    assert (shown["record"]["rounds"], shown["client"]["rounds"], shown["client"]["epsilon"]) == (2, 0, 0.0)
+    assert "record-level epsilon" in shown["not_asked"][run_id]
+
+
+def test_a_run_whose_plan_has_other_noised_steps_than_its_options_is_not_begun(tmp_path):
+    weak = replace(NOISED, scalars=((RECORD_CLIP, 0.5), (RECORD_SIGMA, 0.1)))
+    with pytest.raises(ConfigError, match="same --set"):
+        begin(service_settings(tmp_path), replace(PLAN, phases=(weak,)), RECORD_OPTIONS)
+
+
+def _calls(settings):
     app = typer.Typer()
     devices_cli.register(app)
     federation_cli.register(app)
 
     def call(*words: str):
         state = ["--state", str(settings.service.state_dir), "--json"]
-        result = CliRunner().invoke(app, [*words, *state], catch_exceptions=False)
-        return json.loads(result.output)
+        return json.loads(CliRunner().invoke(app, [*words, *state], catch_exceptions=False).output)
 
+    return call
+
+
+def _shows_why(settings, run_id: str, devices: set[str]) -> None:
+    call = _calls(settings)
     shown = call("devices", "show", min(devices))["privacy"]
     assert shown["client"]["epsilon"] == pytest.approx(TWO_ROUNDS, rel=1e-12)
     assert (shown["client"]["delta"], shown["client"]["rounds"]) == (1e-5, 2)
