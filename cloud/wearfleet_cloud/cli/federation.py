@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from wearfleet_cloud.storage.run_records import RoundRow, RunRow, Submission
 
-__all__ = ["register", "run_summary"]
+__all__ = ["plan_and_graphs", "register", "run_summary"]
 
 _group = typer.Typer(help="Federated runs: devices train, the service averages.", no_args_is_help=True)
 
@@ -71,7 +71,7 @@ def start(
     from wearfleet_cloud.service.run_setup import start_run, tensors_of_model
 
     options = parse_settings(settings or [])
-    document, graphs = _plan(plan, run, strategy, options, seed)
+    document, graphs = plan_and_graphs(plan, run, strategy, options, seed)
     chosen = RunSettings(
         rounds=rounds,
         cohort=CohortPolicy(cohort_size, min_clients, over_selection),
@@ -217,9 +217,14 @@ def _suspects(summary: dict[str, Any]) -> int:
     return len(judged | {device_id for device_id, _ in summary["rejected"]})
 
 
-def _plan(
+def plan_and_graphs(
     plan: Path | None, run: Path | None, strategy: str, options: dict[str, object], seed: int
 ) -> tuple[Plan, dict[Digest, bytes]]:
+    """A plan from its folder, or built for the model of a training run.
+
+    Raises:
+        ConfigError: neither or both are given, or an option is wrong.
+    """
     if (plan is None) == (run is None):
         raise ConfigError("give either --run (a training run) or --plan (a folder of `plan build`)")
     if plan is not None:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from wearfleet_cloud.cli import devices, federation, models
+from wearfleet_cloud.cli import devices, federation, models, ring
 from wearfleet_cloud.cli.state_options import (
     ConfigFile,
     Json,
@@ -26,14 +26,14 @@ from wearfleet_cloud.cli.state_options import (
 if TYPE_CHECKING:
     from wearfleet_cloud.service.state_dir import RunningService
 
-__all__ = ["register"]
+__all__ = ["log_to_stderr", "register"]
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``serve``, ``doctor``, ``devices``, ``federation`` and ``models`` to the command line."""
+    """Add ``serve``, ``doctor``, ``devices``, ``federation``, ``models`` and ``ring`` to the command line."""
     app.command("serve")(serve)
     app.command("doctor")(doctor)
-    for group in (devices, federation, models):
+    for group in (devices, federation, models, ring):
         group.register(app)
 
 
@@ -78,7 +78,7 @@ def serve(
         broker={"url": broker, "kind": broker_kind, "port": broker_port},
         database={"url": database},
     )  # fmt: skip
-    _log_to_stderr()
+    log_to_stderr()
     from wearfleet_cloud.service.serve import serve as run_service
 
     asyncio.run(run_service(settings, lambda running: _tell_ready(running, as_json)))
@@ -92,7 +92,8 @@ def _tell_ready(running: RunningService, as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """Show what a long-running command does."""
     handler = RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", handlers=[handler])
     logging.getLogger("wearfleet_cloud").setLevel(logging.INFO)

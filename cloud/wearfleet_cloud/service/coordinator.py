@@ -19,7 +19,7 @@ from wearfleet_protos.secagg.identity import Verifier
 from wearfleet_protos.tensors import Digest
 
 from wearfleet_cloud.config import FederationConfig
-from wearfleet_cloud.federated.cohort import cohort_of, substitutes
+from wearfleet_cloud.federated.cohort import cohort_of
 from wearfleet_cloud.federated.privacy.secagg_fold import secure_contribution
 from wearfleet_cloud.federated.robust.options import TooFewUpdatesError
 from wearfleet_cloud.federated.round import TERMINAL, Round, RoundState, advance
@@ -177,7 +177,7 @@ class Coordinator:
             assert self.run is not None
             self._budget.begin()
             slots = keeper.round.free_slots + len(lost)
-            others = substitutes(keeper.round, self._connected(), self.run.settings.seed, slots)
+            others = self._folding.substitutes(self.run, keeper.round, self._connected(), slots)
             if lost:
                 _LOGGER.info("round %d goes on without %s", keeper.round.number, ", ".join(lost))
                 await self.happen(SlotsGivenAway(lost, others))
@@ -197,7 +197,7 @@ class Coordinator:
         current = keeper.round
         if current.state == RoundState.PLANNED:
             return self._cohort(keeper)
-        chosen = substitutes(current, self._connected(), self.run.settings.seed, current.free_slots)
+        chosen = self._folding.substitutes(self.run, current, self._connected(), current.free_slots)
         return SlotsGivenAway((), chosen) if chosen else None
 
     def _connected(self) -> set[str]:

@@ -9,6 +9,7 @@ from wearfleet_protos.errors import AggregationError, ShapeError
 from wearfleet_protos.tensors import Digest, check_finite, decode_tensors, encode_tensors
 
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution
+from wearfleet_cloud.federated.cohort import substitutes
 from wearfleet_cloud.federated.fedbuff import rebased
 from wearfleet_cloud.federated.privacy.central import fold
 from wearfleet_cloud.federated.robust.evidence import Judgement
@@ -118,6 +119,18 @@ class Folding:
         if not run.strategy.info.names_cohort:
             return None
         return run.strategy.cohort(sorted(eligible), planned.number, self._state(planned))
+
+    def substitutes(
+        self, run: ActiveRun, current: Round, connected: Collection[str], slots: int
+    ) -> tuple[str, ...]:
+        """Clients for free slots of a running round: as the strategy names them, else a sample.
+
+        Raises:
+            NotFoundError: the server's state is gone.
+            IntegrityError: its file was changed.
+        """
+        named = self.cohort(run, current, set(connected) - set(current.invited))
+        return substitutes(current, connected, run.settings.seed, slots) if named is None else named[:slots]
 
     def _state(self, current: Round) -> Arrays:
         return decode_tensors(self._blobs.read(Digest(current.base_state))) if current.base_state else {}
