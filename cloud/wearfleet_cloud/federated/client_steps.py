@@ -31,6 +31,7 @@ __all__ = [
     "optimising_step",
     "ruled",
     "training_step",
+    "update_groups",
     "weighted_mean",
 ]
 
@@ -213,7 +214,7 @@ def optimising_step(
 ) -> tuple[Step, tuple[TensorSpec, ...]]:
     """One optimiser step along a direction; see :func:`training_step`."""
     weights = {spec.name: spec.shape for spec in specs if is_trained(spec, roles)}
-    groups = _update_groups(weights)
+    groups = update_groups(weights)
 
     def step(given: Tensors) -> Tensors:
         params = {name: given[name] for name in weights}
@@ -245,7 +246,7 @@ def metrics_of(logits: Tensor, losses: Tensor, given: Tensors) -> Tensors:
     }
 
 
-def _update_groups(weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+def update_groups(weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
     """Names of the parameters that are updated together, by the name of the group."""
     large = {
         name: (name,) for name, shape in weights.items() if torch.Size(shape).numel() >= _LARGE_PARAMETER

@@ -29,6 +29,7 @@ from wearfleet_cloud.federated.client_steps import (
     cross_entropy,
     is_trained,
     metrics_of,
+    update_groups,
     weighted_mean,
 )
 from wearfleet_cloud.federated.privacy.options import RECORD_CLIP, RECORD_SIGMA
@@ -82,15 +83,25 @@ def noised_gradient(
 
 
 def _noised_sum(grads: Tensors, params: Tensors, given: Tensors) -> Tensors:
-    """From gradients (B, ...) of each window to the noised one."""
+    """From gradients (B, ...) of each window to the noised one.
+
+    Small parameters are one vector; a large one would be copied for that, and all windows have one each.
+    """
     windows = given["weight"].shape[0]
-    flat = torch.cat([grads[name].reshape(windows, -1) for name in params], dim=1)  # (B, P)
-    norms = torch.sqrt((flat * flat).sum(dim=1))
-    share = torch.clamp(given[RECORD_CLIP] / torch.clamp(norms, min=_SMALLEST), max=1.0)
-    total = ((given["weight"] * share)[None, :] @ flat)[0]
-    noised = (total + given[RECORD_SIGMA] * given["noise"]) / given["expected"]
-    pieces = torch.split(noised, [tensor.numel() for tensor in params.values()])
-    return {name: piece.reshape(params[name].shape) for name, piece in zip(params, pieces, strict=True)}
+    sizes = {name: tensor.numel() for name, tensor in params.items()}
+    noise = dict(zip(sizes, torch.split(given["noise"], list(sizes.values())), strict=True))
+    groups = update_groups({name: tuple(tensor.shape) for name, tensor in params.items()}).values()
+    flats = [torch.cat([grads[name].reshape(windows, -1) for name in names], dim=1) for names in groups]
+    squares = [(flat * flat).sum(dim=1) for flat in flats]
+    norms = torch.sqrt(torch.stack(squares).sum(dim=0))
+    share = given["weight"] * torch.clamp(given[RECORD_CLIP] / torch.clamp(norms, min=_SMALLEST), max=1.0)
+    noised: Tensors = {}
+    for names, flat in zip(groups, flats, strict=True):
+        drawn = torch.cat([noise[name] for name in names])
+        total = ((share[None, :] @ flat)[0] + given[RECORD_SIGMA] * drawn) / given["expected"]
+        pieces = torch.split(total, [sizes[name] for name in names])
+        noised |= {n: piece.reshape(params[n].shape) for n, piece in zip(names, pieces, strict=True)}
+    return {name: noised[name] for name in params}
 
 
 def _without_batches(model: Classifier) -> Classifier:

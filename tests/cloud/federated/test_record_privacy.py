@@ -9,7 +9,7 @@ from oracles.dp_sgd import dp_sgd, poisson_sgd, window_gradients
 from oracles.edge_rounds import LIMITS, SEED
 from oracles.small_federation import CONTRACT, arrays, model, splits
 from wearfleet_cloud.cli.simulate import device_engine
-from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated import client_steps, create_strategy
 from wearfleet_cloud.federated.client_program import ClientPhase
 from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.privacy.central import check_plan
@@ -86,6 +86,16 @@ def test_a_device_and_a_simulated_client_do_what_a_slow_loop_over_windows_does(
     planted = dp_sgd(model(backbone), SPLITS[name]["train"], **options | {"clip": 0.71}, source=source())
     with pytest.raises(AssertionError):
         close(found.state, planted, start)
+
+
+def test_large_parameters_that_are_updated_on_their_own_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    strategy, network = made(), model("cnn-plain")
+    together, _ = on_device(strategy, network, "anna", seeded_source(SEED, 1, "anna"))
+    monkeypatch.setattr(client_steps, "_LARGE_PARAMETER", 200)  # the three biases are smaller
+    apart, _ = on_device(strategy, network, "anna", seeded_source(SEED, 1, "anna"))
+    close(apart.state, together.state, arrays(network))
 
 
 def test_without_noise_and_with_a_clip_that_binds_nothing_it_is_plain_descent_on_the_same_batches() -> None:
