@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,10 @@ class RingUnderTest:
     async def member(self, name: str) -> None:
         settings = site_settings(self.folder, name)
         await asyncio.to_thread(start_member, self.threads, settings, name, SITE_OPTIONS)
+
+    def kill(self, name: str) -> None:
+        """End a site's process in the ring without a word; its service and its devices go on."""
+        self.threads.members.pop(name).stop()
 
     def recorded(self, run_id: str) -> tuple[str, list[RoundRow]]:
         state = open_state(self.settings)
@@ -164,6 +169,45 @@ async def test_three_sites_make_the_models_of_a_ring_of_federations_in_torch(tmp
         plain, kept = followed(turns, laps)
         how = {what for _, _, what in plain.taught}
         assert how == {"alone", "took over", "distilled"}, "the test wants both ways of learning"
+        for name in SITES:
+            expected, good = kept[name]
+            ours = ring.kept(name, run_id)
+            assert bool(ours["good_enough"]) == good
+            assert_near(ours, expected, name)
+            assert_near(ring.last_run(name), plain.sites[name].model.state_dict(), f"{name}, last stage")
+        await asyncio.to_thread(threads.end)
+
+
+async def test_a_site_killed_at_its_turn_is_passed_over_and_comes_back_at_its_place(tmp_path: Path) -> None:
+    threads = Threads()
+    laps = 2
+    async with AsyncExitStack() as stack:
+        ring = RingUnderTest(tmp_path, stack, threads)
+        stack.callback(threads.end)
+        await ring.start(gateway_lease_s=1.5)
+        options = {"warm_rounds": 1, "laps": laps, **LISTENING}
+        run_id = await asyncio.to_thread(start_ring, ring.settings, options, 1 + laps * len(SITES))
+
+        def invited(number: int) -> list[str]:
+            rows = [row for row in ring.recorded(run_id)[1] if row.round == number]
+            return [ring.names[name] for row in rows for name in row.snapshot["invited"]]
+
+        await until(lambda: invited(3) == ["north"], 60.0)
+        await asyncio.to_thread(ring.kill, "north")
+        await until(lambda: len(ring.turns(run_id)) >= 4, 60.0)
+        await ring.member("north")
+        await until(lambda: ring.recorded(run_id)[0] != "running", 120.0)
+        turns = ring.turns(run_id)
+        assert [names for _, names in turns[:3]] == [["east", "north", "south"], ["east"], ["south"]]
+        third = next(row for row in ring.recorded(run_id)[1] if row.round == 3)
+        assert [ring.names[name] for name in third.snapshot["lost"]] == ["north"]
+        hops = [names[0] for _, names in turns[1:-1]]
+        assert len(hops) == laps * len(SITES)
+        assert "north" in hops
+        after = {"east": {"north", "south"}, "north": {"south"}, "south": {"east"}}  # north may be away
+        assert all(following in after[name] for name, following in pairwise(hops)), hops
+        assert turns[-1][1] == sorted(SITES)
+        plain, kept = followed(turns, laps)
         for name in SITES:
             expected, good = kept[name]
             ours = ring.kept(name, run_id)
