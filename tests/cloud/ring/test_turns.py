@@ -1,0 +1,163 @@
+"""A turn as tensors and as a run: what a site refuses, begins, waits for, and finds again."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from oracles.small_federation import CONTRACT, arrays, model
+from service_harness import service_settings
+from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated.cohort import CohortPolicy
+from wearfleet_cloud.federated.plan_builder import build_plan
+from wearfleet_cloud.ring.site import Site, SiteTurn
+from wearfleet_cloud.ring.turns import check_teacher, closing, opening, plan_of_turn
+from wearfleet_cloud.service.run_context import RunSettings
+from wearfleet_cloud.service.run_setup import TENSORS_MEDIA_TYPE
+from wearfleet_cloud.service.state import open_state
+from wearfleet_cloud.storage.catalog import insert_artifact
+from wearfleet_cloud.storage.run_records import finish_run, list_runs, set_run_tensors
+from wearfleet_edge.trainer import start_state, upload_tensors
+from wearfleet_protos.errors import DeniedError, IntegrityError
+from wearfleet_protos.tensors import decode_tensors, digest_of, encode_tensors
+
+NETWORK = model("cnn")
+RING, _ = build_plan(create_strategy("metafed", {}), NETWORK, CONTRACT, plan_id="ring", seed=5)
+SITE, GRAPHS = build_plan(create_strategy("metafed-site", {}), NETWORK, CONTRACT, plan_id="site", seed=3)
+VARIANCE = next(n for n in arrays(NETWORK) if n.endswith("running_var"))
+
+
+def before(stage: float = 1.0, **changes: np.ndarray) -> dict[str, np.ndarray]:
+    """The state of a site whose own model is NETWORK and whose teacher is another one."""
+    teacher = {f"teacher/{name}": array for name, array in arrays(model("cnn", seed=3)).items()}
+    known = {**arrays(NETWORK), **teacher, "stage": np.float32(stage)}
+    downloaded = {
+        s.name: np.asarray(known.get(s.name, np.zeros(s.shape)), s.dtype) for s in RING.download_specs()
+    }
+    kept = {s.name: np.asarray(known.get(s.name, np.zeros(s.shape)), s.dtype) for s in RING.local_specs()}
+    return {**start_state(RING, downloaded, kept), **changes}
+
+
+POISON: dict[str, dict[str, np.ndarray]] = {
+    "NaN": {"teacher/head.bias": np.full(4, np.nan, np.float32)},
+    "head.bias": {"teacher/head.bias": np.zeros(5, np.float32)},
+    "negative": {f"teacher/{VARIANCE}": -np.ones_like(arrays(NETWORK)[VARIANCE])},
+}
+
+
+@pytest.mark.parametrize("words", POISON)
+def test_a_teacher_that_no_site_may_take_over_is_refused(words: str) -> None:
+    check_teacher(before(), RING)
+    with pytest.raises(IntegrityError, match=f"teacher is refused: .*{words}"):
+        check_teacher(before(**POISON[words]), RING)
+
+
+def test_a_turn_begins_with_the_sites_model_and_ends_as_a_devices_would() -> None:
+    state = before(stage=1.0, good_enough=np.float32(1.0))
+    start = opening(state, SITE, personal=False)
+    assert start.keys() == {s.name for s in SITE.download_specs()}
+    np.testing.assert_array_equal(start["head.weight"], arrays(NETWORK)["head.weight"])
+    np.testing.assert_array_equal(start["teacher/head.weight"], state["teacher/head.weight"])
+    assert (float(start["stage"]), float(start["good_enough"]), float(start["trains"])) == (1.0, 1.0, 0.0)
+    assert float(opening(state, SITE, personal=True)["stage"]) == 2.0
+    assert float(opening(before(stage=0.0), SITE, personal=True)["stage"]) == 0.0  # there is no teacher
+    made = {**start, "turns": np.float32(1.0), "head.weight": start["head.weight"] + 1}
+    after = closing(state, made, RING)
+    update = upload_tensors(RING, state, after)
+    np.testing.assert_array_equal(update["sent/head.weight"], made["head.weight"])
+    assert float(after["good_enough"]) == 1.0
+    with pytest.raises(DeniedError, match="too few"):
+        closing(state, start, RING)
+
+
+def test_a_plan_for_another_model_or_another_strategy_is_refused() -> None:
+    plan = plan_of_turn(RING, SITE, "a1", 2)
+    assert plan.plan_id == "turn-a1"
+    assert plan.seed != plan_of_turn(RING, SITE, "a1", 3).seed
+    with pytest.raises(IntegrityError, match="another model"):
+        plan_of_turn(replace(RING, model_schema_hash=digest_of(b"other")), SITE, "a1", 2)
+    with pytest.raises(IntegrityError, match="expected a ring"):
+        plan_of_turn(SITE, SITE, "a1", 2)
+
+
+class Bench:
+    """A site's state without a running service: the test plays its part."""
+
+    def __init__(self, tmp_path) -> None:
+        self.state = open_state(service_settings(tmp_path))
+        self.acts: list[Callable[[], None]] = []
+        self.leaves = False
+        settings = RunSettings(5, CohortPolicy(0, 2))
+        self.site = Site(self.state, SITE, GRAPHS, settings, self.wait)
+
+    def wait(self, _: float) -> bool:
+        if self.acts:
+            self.acts.pop(0)()
+        return self.leaves
+
+    def end(self, state: str = "done", turns: float = 1.0) -> None:
+        """The service ends the run."""
+        (row,) = self.runs()
+        tensors = decode_tensors(self.state.blobs.read(row.tensors_digest))
+        data = encode_tensors({**tensors, "turns": np.asarray(turns, np.float32)})
+        digest = self.state.blobs.put(data)
+        with self.state.database.write() as connection:
+            insert_artifact(connection, digest, len(data), TENSORS_MEDIA_TYPE, time.time_ns())
+            set_run_tensors(connection, row.run_id, digest)
+            finish_run(connection, row.run_id, state, time.time_ns(), "as the test says")
+
+    def leave(self) -> None:
+        self.leaves = True
+
+    def runs(self):
+        with self.state.database.read() as connection:
+            return list_runs(connection)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    made = Bench(tmp_path)
+    yield made
+    made.state.database.close()
+
+
+TURN = SiteTurn(RING, before(), "a1", 2, personal=False)
+
+
+def test_a_turn_is_one_run_however_often_the_process_is_killed(bench) -> None:
+    bench.acts = [bench.leave]
+    with pytest.raises(DeniedError, match="goes on when it is back"):
+        bench.site.turn(TURN, lambda: False)
+    assert [run.state for run in bench.runs()] == ["running"]
+    bench.leaves = False
+    bench.acts = [bench.end]
+    done = bench.site.turn(TURN, lambda: False)
+    (run,) = bench.runs()
+    assert done.run_id == run.run_id
+    assert not run.settings["personalise"]
+    again = bench.site.turn(TURN, lambda: False)  # killed between the run's end and the receipt
+    assert (again.run_id, len(bench.runs())) == (run.run_id, 1)
+    np.testing.assert_array_equal(again.state["sent/head.weight"], done.state["sent/head.weight"])
+    bench.acts = [lambda: None]
+    with pytest.raises(DeniedError, match="nobody waits"):
+        bench.site.turn(replace(TURN, attempt="a2", round_number=3), lambda: not bench.acts)
+    assert [run.state for run in bench.runs()] == ["done", "stopped"]
+
+
+def test_a_turn_that_was_not_finished_is_turned_down(bench) -> None:
+    bench.acts = [lambda: bench.end(turns=0.0)]
+    with pytest.raises(DeniedError, match="before its turn was over"):
+        bench.site.turn(TURN, lambda: False)
+
+
+def test_a_run_that_the_sites_operator_stops_is_turned_down(bench) -> None:
+    bench.acts = [lambda: bench.end("stopped")]
+    with pytest.raises(DeniedError, match="as the test says"):
+        bench.site.turn(TURN, lambda: False)
+
+
+def test_a_refused_teacher_begins_no_run(bench) -> None:
+    with pytest.raises(IntegrityError, match="teacher is refused"):
+        bench.site.turn(replace(TURN, before=before(**POISON["NaN"])), lambda: False)
+    assert bench.runs() == []
