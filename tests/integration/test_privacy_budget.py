@@ -162,6 +162,9 @@ async def test_noised_steps_are_charged_once_to_whoever_is_invited(tmp_path):
     )
     assert (shown["record"]["rounds"], shown["client"]["rounds"], shown["client"]["epsilon"]) == (2, 0, 0.0)
     assert "record-level epsilon" in shown["not_asked"][run_id]
+    text = _printed(settings, "devices", "show", min(both))
+    assert "client-level privacy" in text
+    assert f"epsilon {shown['record']['epsilon']:.3g} at delta 1e-05, 2 rounds" in text
 
 
 def test_a_run_whose_plan_has_other_noised_steps_than_its_options_is_not_begun(tmp_path):
@@ -170,16 +173,16 @@ def test_a_run_whose_plan_has_other_noised_steps_than_its_options_is_not_begun(t
         begin(service_settings(tmp_path), replace(PLAN, phases=(weak,)), RECORD_OPTIONS)
 
 
-def _calls(settings):
+def _printed(settings, *words: str) -> str:
     app = typer.Typer()
     devices_cli.register(app)
     federation_cli.register(app)
+    arguments = [*words, "--state", str(settings.service.state_dir)]
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments, catch_exceptions=False).output
 
-    def call(*words: str):
-        state = ["--state", str(settings.service.state_dir), "--json"]
-        return json.loads(CliRunner().invoke(app, [*words, *state], catch_exceptions=False).output)
 
-    return call
+def _calls(settings):
+    return lambda *words: json.loads(_printed(settings, *words, "--json"))
 
 
 def _shows_why(settings, run_id: str, devices: set[str]) -> None:

@@ -86,7 +86,8 @@ def show(
     if as_json:
         print_json(row)
         return
-    print_table(("what", "value"), [(name, value) for name, value in row.items() if name != "streams"])
+    told = {name: value for name, value in row.items() if name not in ("streams", "privacy")}
+    print_table(("what", "value"), [*told.items(), *_privacy(privacy)])
 
 
 @_group.command("enrol-code")
@@ -148,6 +149,18 @@ def _summary(device: Device, counts: list[StreamCount]) -> dict[str, Any]:
         "windows": _total([count for count in own if count.kind == "window"]),
         "predictions": _total([count for count in own if count.kind == "prediction"]),
     }
+
+
+def _privacy(spent: dict[str, Any]) -> list[tuple[str, str]]:
+    """A line for each kind of epsilon: they mean different things."""
+    lines = [
+        (
+            f"{unit}-level privacy",
+            "epsilon {epsilon:.3g} at delta {delta:g}, {rounds} rounds".format(**spent[unit]),
+        )
+        for unit in ("client", "record")
+    ]
+    return [*lines, *((f"not asked by {run}", reason) for run, reason in spent["not_asked"].items())]
 
 
 def _suspicion(found: Suspicion | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Final, get_args
+from typing import Any, Final, get_args
 
 from sqlalchemy.engine import Connection
 
@@ -68,7 +68,7 @@ class PrivacyBudget:
         return set(devices) - refused.keys()
 
 
-def privacy_of(connection: Connection, device_id: str) -> dict[str, object]:
+def privacy_of(connection: Connection, device_id: str) -> dict[str, Any]:
     """What a device's privacy has cost, and which runs do not ask it, for people.
 
     Args:
