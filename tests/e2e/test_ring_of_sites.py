@@ -1,4 +1,4 @@
-"""Three hospitals in a ring, every part a process: a relay, a service and a ring process a site, two agents each."""
+"""Three hospitals in a sealed ring, all parts processes: a relay; a service, a ring process and two agents a site."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_three_hospitals_learn_from_each_other_and_a_killed_site_goes_on_with_it
     (tmp_path / "site").mkdir()
     (tmp_path / "ring").mkdir()
     kit = make_kit(tmp_path / "site", epochs=2, strategy="metafed-site", passes=PASSES)
-    ring = make_kit(tmp_path / "ring", epochs=2, strategy="metafed", warm_rounds=1, laps=1)
+    ring = make_kit(tmp_path / "ring", epochs=2, strategy="metafed", warm_rounds=1, laps=1, sealed="on")
     sites = {name: SiteFleet(tmp_path / name, kit) for name in SITES}
     with Fleet(tmp_path / "relay", Kit(kit.model, ring.plan, {})) as relay:
         try:
@@ -87,7 +87,7 @@ def begin(relay: Fleet, sites: dict[str, SiteFleet]) -> None:
         site.start_ring()
     relay.admin(
         "federation", "start", "--plan", str(relay.kit.plan), "--rounds", "4", "--min-clients", "3",
-        "--deadline", "120", "--set", "warm_rounds=1", "--set", "laps=1",
+        "--deadline", "120", "--set", "warm_rounds=1", "--set", "laps=1", "--set", "sealed=on",
     )  # fmt: skip
 
 

@@ -153,14 +153,22 @@ def assert_near(ours: dict[str, np.ndarray], expected: dict, what: str) -> None:
         assert error < TOLERANCE, (what, name)
 
 
-async def test_three_sites_make_the_models_of_a_ring_of_federations_in_torch(tmp_path: Path) -> None:
+def holds(folder: Path, data: bytes) -> bool:
+    """Whether these bytes lie anywhere in a folder."""
+    return any(data in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("sealed", ["off", "on"])
+async def test_three_sites_make_the_models_of_a_ring_of_federations_in_torch(
+    tmp_path: Path, sealed: str
+) -> None:
     threads = Threads()
     laps = 2
     async with AsyncExitStack() as stack:
         ring = RingUnderTest(tmp_path, stack, threads)
         stack.callback(threads.end)
         await ring.start()
-        options = {"warm_rounds": 1, "laps": laps, **LISTENING}
+        options = {"warm_rounds": 1, "laps": laps, "sealed": sealed, **LISTENING}
         run_id = await asyncio.to_thread(start_ring, ring.settings, options, 1 + laps * len(SITES))
         await until(lambda: ring.recorded(run_id)[0] != "running", 120.0)
         turns = ring.turns(run_id)
@@ -175,6 +183,9 @@ async def test_three_sites_make_the_models_of_a_ring_of_federations_in_torch(tmp
             assert bool(ours["good_enough"]) == good
             assert_near(ours, expected, name)
             assert_near(ring.last_run(name), plain.sites[name].model.state_dict(), f"{name}, last stage")
+        last = ring.kept("south", run_id)["head.weight"].tobytes()
+        assert holds(tmp_path / "south", last)
+        assert holds(tmp_path / "relay", last) == (sealed == "off"), "what the relay has of the last hop"
         await asyncio.to_thread(threads.end)
 
 

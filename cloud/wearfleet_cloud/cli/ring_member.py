@@ -6,10 +6,13 @@ until a receipt came, are the agent's (``wearfleet_edge.federated``); only its t
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import secrets
 import threading
 import time
 from datetime import UTC, datetime
+from functools import partial
 from random import SystemRandom
 from typing import TYPE_CHECKING, Final
 
@@ -17,18 +20,20 @@ import numpy as np
 from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.federated import Device, FederatedWorker
 from wearfleet_edge.heartbeat import renew_if_due
-from wearfleet_edge.identity import load_enrolment, require_valid_certificate
+from wearfleet_edge.identity import load_enrolment, require_valid_certificate, secure_identity
 from wearfleet_edge.local_state import LocalState
 from wearfleet_edge.memory import resident_bytes
 from wearfleet_edge.models import ActiveModel
 from wearfleet_edge.runtime import Evaluation
 from wearfleet_edge.slots import InstalledModel
-from wearfleet_edge.state import StateDirectory, lock_directory
+from wearfleet_edge.state import StateDirectory, atomic_write, lock_directory
 from wearfleet_edge.trainer import Limits, PlanResult
 from wearfleet_edge.transport.backoff import Backoff
 from wearfleet_edge.transport.rpc import RpcCloud
 from wearfleet_protos.errors import DeniedError, NotFoundError, WearfleetError
+from wearfleet_protos.secagg.keys import KEY_BYTES
 
+from wearfleet_cloud.ring.sealing import Route, Sealer
 from wearfleet_cloud.ring.site import Site, SiteTurn
 
 if TYPE_CHECKING:
@@ -81,7 +86,8 @@ class SiteTrainer:
         limits: Limits,
     ) -> PlanResult:
         """A turn; for its errors see ``Site.turn``."""
-        turn = SiteTurn(plan, before, task.attempt_id, task.round_number, task.personalise)
+        route = Route(task.run_id, task.plan_digest, task.round_number)
+        turn = SiteTurn(plan, before, task.attempt_id, route, task.personalise)
         begin = limits.monotonic()
 
         def stopped() -> bool:
@@ -147,7 +153,8 @@ class RingMember:
         self._stop = threading.Event()
         self._backoff = Backoff(0.5, 30.0, SystemRandom().random)
         self._cloud = RpcCloud.of_device(self._folder, enrolment, "gateway")
-        site = Site(state, plan, graphs, settings, self._stop.wait)
+        sealer = Sealer(self.device_id, *secure_identity(self._folder), partial(_secret, self._folder))
+        site = Site(state, plan, graphs, settings, sealer=sealer, wait=self._stop.wait)
         self._worker = self._make_worker(
             enrolment.signing_keys, SiteTrainer(site, len(plan.contract.labels)), _released(state)
         )
@@ -210,6 +217,14 @@ class RingMember:
             monotonic=time.monotonic,
             stopped=self._stop.is_set,
         )
+
+
+def _secret(folder: StateDirectory, run_id: str) -> bytes:
+    """This site's X25519 secret for a run; made when it is first wanted."""
+    path = folder.key.parent / f"ring-{hashlib.sha256(run_id.encode()).hexdigest()[:32]}.key"
+    if not path.exists():
+        atomic_write(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
+    return path.read_bytes()
 
 
 def _released(state: State) -> InstalledModel:

@@ -5,11 +5,11 @@ Round by round: ``warm_rounds`` in which all train alone; ``laps`` times round t
 either takes over its predecessor's model or, once its own was good enough, learns from it as a teacher; then all with
 the last model as the teacher, each as strongly as that model is better. A run has warm_rounds + laps x clients rounds;
 the local training that ends a run is that last stage.
-Differs: the service passes the models on and sees them (a federation is here one device or gateway); knowledge is the
-embedding before the head, the paper's middle choice; accuracies are measured on every fifth training window, which is
-not trained on, instead of validation data that also choose the model; a client takes over once a turn, not once an
-epoch (the published code's fault); who is not there when its turn comes is passed over, and so is one whose round is
-skipped: the ring goes on with the last model that was made, and who comes back has its turn at its place.
+Differs: the service passes the models on and, unless they are sealed, sees them; knowledge is the embedding before the
+head, the paper's middle choice; accuracies are measured on every fifth training window, which is not trained on,
+instead of validation data that also choose the model; a client takes over once a turn, not once an epoch (the published
+code's fault); who is not there when its turn comes is passed over, and so is one whose round is skipped: the ring goes
+on with the last model that was made, and who comes back has its turn at its place.
 A client may be a whole federation, as in the paper: a site's service that is enrolled in the ring's (``ring``), trains
 among its own devices (``metafed_site``), and hands in one model.
 """
@@ -26,8 +26,9 @@ from wearfleet_protos.errors import AggregationError, ConfigError
 from wearfleet_protos.plan import Loop
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
-from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Contribution
+from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Contribution, Mean, one_each, uploaded
 from wearfleet_cloud.federated.base import LEARNED_ROLES, AveragingStrategy, StrategyInfo
+from wearfleet_cloud.federated.sealed_ring import collected, sealed_specs
 from wearfleet_cloud.federated.teachers import (
     GOOD,
     STAGE,
@@ -76,6 +77,8 @@ class MetaFed(AveragingStrategy):
         share_norm: "on" or "off"; off, a client that takes over a model keeps its own normalisation.
         warm_rounds: rounds in which all train alone first, >= 1.
         laps: times round the ring, >= 1.
+        sealed: "on": the service passes on models that only the sites of a ring can read; devices cannot take part.
+        seats: most sites of a sealed ring.
 
     Raises:
         ConfigError: a hyper-parameter is out of range.
@@ -104,6 +107,8 @@ class MetaFed(AveragingStrategy):
             "share_norm": "on or off: take over the teacher's normalisation too",
             "warm_rounds": "rounds in which all train alone first, >= 1",
             "laps": "times round the ring, >= 1; a run has warm_rounds + laps x clients rounds",
+            "sealed": "on or off: only the sites of a ring of federations can read the models (no single devices)",
+            "seats": "most sites of a sealed ring, 1 to 64",
         },
         kept_beside=("whether its model was good enough",),
         uploaded_groups=(TensorGroup.AUX,),
@@ -115,6 +120,8 @@ class MetaFed(AveragingStrategy):
     share_norm: str = "off"
     warm_rounds: int = 3
     laps: int = 3
+    sealed: str = "off"
+    seats: int = 16
 
     def __post_init__(self) -> None:
         check_listening(
@@ -127,6 +134,10 @@ class MetaFed(AveragingStrategy):
         if self.warm_rounds < 1 or self.laps < 1:
             raise ConfigError(
                 f"warm_rounds and laps of MetaFed must be at least 1, got {self.warm_rounds}, {self.laps}"
+            )
+        if self.sealed not in ("on", "off") or not 1 <= self.seats <= 64:
+            raise ConfigError(
+                f"sealed must be on or off and seats 1 to 64, got {self.sealed!r} and {self.seats}"
             )
 
     def cohort(self, eligible: Sequence[str], round_number: int, state: Arrays) -> tuple[str, ...] | None:
@@ -166,7 +177,8 @@ class MetaFed(AveragingStrategy):
             judging(model, "judge_after", select, {_AFTER: "correct", _COUNT_AFTER: "count"}),
             self._conclude(learned),
         )
-        return measured(model, self.local, (*specs, *slots, *_own_specs(learned)), phases)
+        own = self._own_specs(learned)
+        return measured(model, self.local, (*specs, *slots, *own), phases)
 
     def server(
         self,
@@ -183,12 +195,11 @@ class MetaFed(AveragingStrategy):
         Raises:
             AggregationError: several clients in a turn, or as ``Averaging.combine``.
         """
-        mean = self.averaging.combine(specs, self.info.upload(), current, contributions)
         warm, turns, place = (
             int(state.get(name, np.int64(first))) for name, first in ((_WARM, 0), (_TURNS, 0), (_PLACE, -1))
         )
         ring = _ring_of(state)
-        tensors = dict(current)
+        changed, mean = self._received(specs, current, contributions, warm=warm < self.warm_rounds)
         if warm < self.warm_rounds:
             warm, ring = warm + 1, tuple(sorted({*ring, *mean.clients}))
         elif turns < self.laps * len(ring):
@@ -198,15 +209,32 @@ class MetaFed(AveragingStrategy):
                 )
             turns += 1
             place += 1 + (ring.index(mean.clients[0]) - place - 1) % len(ring)
-            for name in (n.removeprefix(SENT) for n in mean.values):
-                made = mean.values[SENT + name].astype(current[name].dtype)
-                tensors |= {name: made, TEACHER + name: made}
-            tensors[STAGE] = np.asarray(2.0 if turns == self.laps * len(ring) else 1.0, np.float32)
+            changed[STAGE] = np.asarray(2.0 if turns == self.laps * len(ring) else 1.0, np.float32)
+        else:
+            changed = {}
         names = np.frombuffer(json.dumps(ring).encode(), np.uint8)
         counts = {_WARM: warm, _TURNS: turns, _PLACE: place}
-        return Averaged(
-            tensors, mean, {_RING: names, **{name: np.asarray(n, np.int64) for name, n in counts.items()}}
-        )
+        kept: dict[str, NDArray[np.generic]] = {_RING: names}
+        kept |= {name: np.asarray(n, np.int64) for name, n in counts.items()}
+        return Averaged({**current, **changed}, mean, kept)
+
+    def _received(
+        self,
+        specs: Sequence[TensorSpec],
+        current: Arrays,
+        contributions: Iterable[Contribution],
+        *,
+        warm: bool,
+    ) -> tuple[dict[str, NDArray[np.generic]], Mean]:
+        """The global tensors that a round changes, and who took part in it."""
+        if self.sealed == "on":
+            return collected(uploaded(specs, self.info.upload()), current, one_each(contributions), warm=warm)
+        mean = self.averaging.combine(specs, self.info.upload(), current, contributions)
+        changed: dict[str, NDArray[np.generic]] = {}
+        for name in () if warm else (n.removeprefix(SENT) for n in mean.values):
+            made = mean.values[SENT + name].astype(current[name].dtype)
+            changed |= {name: made, TEACHER + name: made}
+        return changed, mean
 
     def _weight(self, given: "Tensors") -> "Tensor":
         """Lambda: lambda_0 round the ring; lambda_0 10^min(1, 5 (a_T - a_s)) / 10 in the last stage, or 0."""
@@ -249,19 +277,25 @@ class MetaFed(AveragingStrategy):
     def _once(self) -> Loop:
         return Loop("train", self.local.batch_size, 1, 1, shuffle=False)
 
+    def _own_specs(self, learned: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """The teacher, what is sent, the counts, and whether the model was good enough.
 
-def _own_specs(learned: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The teacher, what is sent, the counts, and whether the model was good enough."""
-    counts = tuple(
-        scalar(name, TensorGroup.OPTIMISER, "zeros") for name in (_OWN, _THEIRS, _COUNT, _AFTER, _COUNT_AFTER)
-    )
-    good = replace(counts[0], name=GOOD, origin="local", copy_of=_OWN)
-    sent = tuple(
-        replace(s, name=SENT + s.name, role=TensorRole.AUX, group=TensorGroup.AUX, origin="zeros")
-        for s in learned
-    )
-    stage = scalar(STAGE, TensorGroup.ANCHOR, "global")
-    return (stage, *counts, good, *teacher_specs(learned), *sent)
+        In a sealed ring neither the teacher nor what is sent travels as it is.
+        """
+        counts = tuple(
+            scalar(name, TensorGroup.OPTIMISER, "zeros")
+            for name in (_OWN, _THEIRS, _COUNT, _AFTER, _COUNT_AFTER)
+        )
+        good = replace(counts[0], name=GOOD, origin="local", copy_of=_OWN)
+        stage, teacher = scalar(STAGE, TensorGroup.ANCHOR, "global"), teacher_specs(learned)
+        sent = tuple(
+            replace(s, name=SENT + s.name, role=TensorRole.AUX, group=TensorGroup.AUX, origin="zeros")
+            for s in learned
+        )
+        if self.sealed == "off":
+            return (stage, *counts, good, *teacher, *sent)
+        hidden = (replace(s, group=TensorGroup.OPTIMISER, origin="zeros") for s in (*teacher, *sent))
+        return (stage, *counts, good, *hidden, *sealed_specs(learned, self.seats))
 
 
 def _ring_of(state: Arrays) -> tuple[str, ...]:

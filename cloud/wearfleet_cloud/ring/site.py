@@ -15,6 +15,7 @@ from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
 from wearfleet_protos.tensors import Digest, decode_tensors, digest_of
 
 from wearfleet_cloud.federated.aggregate import Arrays
+from wearfleet_cloud.ring.sealing import Route, Sealer, is_sealed
 from wearfleet_cloud.ring.turns import check_teacher, closing, opening, plan_of_turn
 from wearfleet_cloud.service.run_context import RunSettings
 from wearfleet_cloud.service.run_setup import start_run
@@ -42,14 +43,14 @@ class SiteTurn:
         plan: the ring's.
         before: state that the turn starts from, of the ring's plan.
         attempt: the turn's name; the same when it is asked for again.
-        round_number: of the ring.
+        route: run, plan and round of the ring.
         personal: the last stage, whose result stays in the site.
     """
 
     plan: Plan
     before: Arrays
     attempt: str
-    round_number: int
+    route: Route
     personal: bool
 
 
@@ -83,6 +84,7 @@ class Site:
         plan: of ``metafed-site``, for the ring's model.
         graphs: bytes of every graph that the plan names.
         settings: of a turn's run.
+        sealer: opens and seals the hops of a sealed ring.
         wait: waits the given seconds and tells whether this process is to stop.
     """
 
@@ -92,15 +94,12 @@ class Site:
         plan: Plan,
         graphs: Mapping[Digest, bytes],
         settings: RunSettings,
+        *,
+        sealer: Sealer,
         wait: Callable[[float], bool],
     ) -> None:
-        self._state, self._plan, self._graphs, self._settings, self._wait = (
-            state,
-            plan,
-            graphs,
-            settings,
-            wait,
-        )
+        self._state, self._plan, self._graphs, self._settings = state, plan, graphs, settings
+        self._sealer, self._wait = sealer, wait
 
     def turn(self, turn: SiteTurn, stopped: Callable[[], bool]) -> TurnResult:
         """Take a turn; as long as the site's devices need.
@@ -111,13 +110,23 @@ class Site:
                 then it goes on, and is found again.
 
         Raises:
-            IntegrityError: the ring's plan does not fit, or the teacher is refused.
+            IntegrityError: the ring's plan does not fit, a hop cannot be opened, or the teacher is refused.
             DeniedError: it was stopped, or ended too early.
         """
         begin = time.monotonic()
-        plan = plan_of_turn(turn.plan, self._plan, turn.attempt, turn.round_number)
+        plan = plan_of_turn(turn.plan, self._plan, turn.attempt, turn.route.round_number)
+        sealed = is_sealed(turn.plan)
+        if sealed:
+            turn = replace(turn, before=self._sealer.opened(turn.plan, turn.before, turn.route))
         check_teacher(turn.before, turn.plan)
-        run = self._begun(plan) or self._begin(turn, plan)
+        run = self._ended(self._begun(plan) or self._begin(turn, plan), stopped)
+        made = decode_tensors(self._state.blobs.read(Digest(run.tensors_digest)), plan.download_specs())
+        after = closing(turn.before, made, turn.plan)
+        if sealed and not turn.personal:
+            after = self._sealer.sealed(turn.plan, after, turn.route)
+        return self._result(after, run.run_id, time.monotonic() - begin)
+
+    def _ended(self, run: RunRow, stopped: Callable[[], bool]) -> RunRow:
         while run.state == "running":
             if self._wait(_POLL_S):
                 raise DeniedError("the site is stopping; its turn goes on when it is back")
@@ -128,18 +137,14 @@ class Site:
                 run = find_run(connection, run.run_id)
         if run.state != "done":
             raise DeniedError(f"the site's run {run.run_id} was stopped: {run.reason}")
-        made = decode_tensors(self._state.blobs.read(Digest(run.tensors_digest)), plan.download_specs())
+        return run
+
+    def _result(self, state: dict[str, np.ndarray], run_id: str, seconds: float) -> TurnResult:
         with self._state.database.read() as connection:
-            submissions = list_submissions(connection, run.run_id)
+            submissions = list_submissions(connection, run_id)
         last = [s for s in submissions if s.update_digest and s.round == self._settings.rounds]
-        return TurnResult(
-            closing(turn.before, made, turn.plan),
-            run.run_id,
-            _sums(submissions, last),
-            sum(s.num_examples for s in last),
-            sum(s.num_steps for s in submissions),
-            time.monotonic() - begin,
-        )
+        examples, steps = sum(s.num_examples for s in last), sum(s.num_steps for s in submissions)
+        return TurnResult(state, run_id, _sums(submissions, last), examples, steps, seconds)
 
     def _begun(self, plan: Plan) -> RunRow | None:
         digest = digest_of(self._state.keys.sign(plan.to_bytes(), PLAN_MEDIA_TYPE))

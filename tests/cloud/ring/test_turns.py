@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from oracles.small_federation import CONTRACT, arrays, model
 from service_harness import service_settings
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.cohort import CohortPolicy
 from wearfleet_cloud.federated.plan_builder import build_plan
+from wearfleet_cloud.ring.sealing import Route, Sealer
 from wearfleet_cloud.ring.site import Site, SiteTurn
 from wearfleet_cloud.ring.turns import check_teacher, closing, opening, plan_of_turn
 from wearfleet_cloud.service.run_context import RunSettings
@@ -20,6 +22,7 @@ from wearfleet_cloud.storage.catalog import insert_artifact
 from wearfleet_cloud.storage.run_records import finish_run, list_runs, set_run_tensors
 from wearfleet_edge.trainer import start_state, upload_tensors
 from wearfleet_protos.errors import DeniedError, IntegrityError
+from wearfleet_protos.secagg.identity import KnownKeys, KnownKeySigner
 from wearfleet_protos.tensors import decode_tensors, digest_of, encode_tensors
 
 NETWORK = model("cnn")
@@ -89,7 +92,10 @@ class Bench:
         self.acts: list[Callable[[], None]] = []
         self.leaves = False
         settings = RunSettings(5, CohortPolicy(0, 2))
-        self.site = Site(self.state, SITE, GRAPHS, settings, self.wait)
+        sealer = Sealer(
+            "east", KnownKeySigner(Ed25519PrivateKey.generate()), KnownKeys({}), lambda _: bytes(32)
+        )
+        self.site = Site(self.state, SITE, GRAPHS, settings, sealer=sealer, wait=self.wait)
 
     def wait(self, _: float) -> bool:
         if self.acts:
@@ -122,7 +128,7 @@ def bench(tmp_path):
     made.state.database.close()
 
 
-TURN = SiteTurn(RING, before(), "a1", 2, personal=False)
+TURN = SiteTurn(RING, before(), "a1", Route("run-1", digest_of(b"plan"), 2), personal=False)
 
 
 def test_a_turn_is_one_run_however_often_the_process_is_killed(bench) -> None:
@@ -141,7 +147,7 @@ def test_a_turn_is_one_run_however_often_the_process_is_killed(bench) -> None:
     np.testing.assert_array_equal(again.state["sent/head.weight"], done.state["sent/head.weight"])
     bench.acts = [lambda: None]
     with pytest.raises(DeniedError, match="nobody waits"):
-        bench.site.turn(replace(TURN, attempt="a2", round_number=3), lambda: not bench.acts)
+        bench.site.turn(replace(TURN, attempt="a2"), lambda: not bench.acts)
     assert [run.state for run in bench.runs()] == ["done", "stopped"]
 
 
