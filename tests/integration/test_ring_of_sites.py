@@ -79,6 +79,11 @@ class RingUnderTest:
         finally:
             state.database.close()
 
+    def invited(self, run_id: str, number: int) -> list[str]:
+        """Who is asked in a round."""
+        rows = [row for row in self.recorded(run_id)[1] if row.round == number]
+        return [self.names[name] for row in rows for name in row.snapshot["invited"]]
+
     def turns(self, run_id: str) -> list[tuple[int, list[str]]]:
         """Number of each round that gave a model, and who made it."""
         rows = self.recorded(run_id)[1]
@@ -198,12 +203,7 @@ async def test_a_site_killed_at_its_turn_is_passed_over_and_comes_back_at_its_pl
         await ring.start(gateway_lease_s=1.5)
         options = {"warm_rounds": 1, "laps": laps, **LISTENING}
         run_id = await asyncio.to_thread(start_ring, ring.settings, options, 1 + laps * len(SITES))
-
-        def invited(number: int) -> list[str]:
-            rows = [row for row in ring.recorded(run_id)[1] if row.round == number]
-            return [ring.names[name] for row in rows for name in row.snapshot["invited"]]
-
-        await until(lambda: invited(3) == ["north"], 60.0)
+        await until(lambda: ring.invited(run_id, 3) == ["north"], 60.0)
         await asyncio.to_thread(ring.kill, "north")
         await until(lambda: len(ring.turns(run_id)) >= 4, 60.0)
         await ring.member("north")
@@ -225,4 +225,32 @@ async def test_a_site_killed_at_its_turn_is_passed_over_and_comes_back_at_its_pl
             assert bool(ours["good_enough"]) == good
             assert_near(ours, expected, name)
             assert_near(ring.last_run(name), plain.sites[name].model.state_dict(), f"{name}, last stage")
+        await asyncio.to_thread(threads.end)
+
+
+async def test_without_its_last_site_the_last_stage_has_the_last_completed_model_as_its_teacher(
+    tmp_path: Path,
+) -> None:
+    threads = Threads()
+    async with AsyncExitStack() as stack:
+        ring = RingUnderTest(tmp_path, stack, threads)
+        stack.callback(threads.end)
+        await ring.start(gateway_lease_s=1.5)
+        options = {"warm_rounds": 1, "laps": 1, **LISTENING}
+        run_id = await asyncio.to_thread(start_ring, ring.settings, options, 1 + len(SITES), 20.0)
+        await until(lambda: ring.invited(run_id, 4) == ["south"], 60.0)
+        await asyncio.to_thread(ring.kill, "south")
+        await until(lambda: ring.recorded(run_id)[0] != "running", 90.0)
+        assert ring.recorded(run_id)[0] == "done"
+        turns = ring.turns(run_id)
+        assert [names for _, names in turns] == [
+            sorted(SITES),
+            ["east"],
+            ["north"],
+            ["east"],
+            ["east", "north"],
+        ]
+        last = ring.kept("east", run_id)["head.weight"]
+        for name in ("east", "north"):
+            np.testing.assert_array_equal(ring.last_run(name)["teacher/head.weight"], last)
         await asyncio.to_thread(threads.end)
