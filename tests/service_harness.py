@@ -7,7 +7,7 @@ import hashlib
 import ssl
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,15 +164,18 @@ class Device:
         stub: Any = federation_pb2_grpc.FederationServiceStub(self.channel)
         return [response async for response in stub.Work(iter(requests))]
 
-    async def poll(self, wait_s: float = 5.0) -> federation_pb2.FederatedTask | None:
+    async def poll(
+        self, wait_s: float = 5.0, held: Sequence[str] = ()
+    ) -> federation_pb2.FederatedTask | None:
         """Ask for a task without its tensors."""
-        question = federation_pb2.WorkRequest(poll=federation_pb2.PollTaskRequest(wait_seconds=wait_s))
+        poll = federation_pb2.PollTaskRequest(wait_seconds=wait_s, held_digests=held)
+        question = federation_pb2.WorkRequest(poll=poll)
         (response,) = await self.ask(question)
         return response.poll.task if response.poll.HasField("task") else None
 
-    async def task(self) -> federation_pb2.FederatedTask:
-        """Ask for a task that must come."""
-        task = await self.poll()
+    async def task(self, *held: str) -> federation_pb2.FederatedTask:
+        """Ask for a task that must come, from tensors that are held."""
+        task = await self.poll(held=held)
         assert task is not None, "no task came"
         return task
 
@@ -387,7 +390,9 @@ async def enrolled_device(service: Service, name: str = "anna") -> Device:
     )
 
 
-def echo_plan(shapes: Mapping[str, tuple[int, ...]], codec: UpdateCodec = FLOAT32) -> Plan:
+def echo_plan(
+    shapes: Mapping[str, tuple[int, ...]], codec: UpdateCodec = FLOAT32, downlink: UpdateCodec | None = None
+) -> Plan:
     """A plan of FedAvg over some float32 tensors; its graph is never run."""
     specs = tuple(
         TensorSpec(name, "float32", shape, TensorRole.SHARED, TensorGroup.PARAM)
@@ -414,6 +419,7 @@ def echo_plan(shapes: Mapping[str, tuple[int, ...]], codec: UpdateCodec = FLOAT3
         keep_local=(),
         budget=Budget(60.0, 64 * 1024 * 1024, 1),
         seed=1,
+        downlink=downlink,
     )
 
 
@@ -433,6 +439,7 @@ def begin_run(
     quorum: int = 1,
     personalise: bool = False,
     codec: UpdateCodec = FLOAT32,
+    downlink: UpdateCodec | None = None,
     options: Mapping[str, object] | None = None,
 ) -> str:
     """Start a run of zeros the way the command line does."""
@@ -442,7 +449,7 @@ def begin_run(
             state.database,
             state.blobs,
             state.keys,
-            plan=echo_plan(shapes, codec),
+            plan=echo_plan(shapes, codec, downlink),
             graphs={digest_of(GRAPH): GRAPH},
             tensors={name: np.zeros(shape, np.float32) for name, shape in shapes.items()},
             settings=RunSettings(

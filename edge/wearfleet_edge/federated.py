@@ -19,8 +19,9 @@ from wearfleet_protos.errors import (
 )
 from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
 from wearfleet_protos.signing import MAX_SIGNED_BYTES, verify
-from wearfleet_protos.tensors import check_finite, decode_tensors, digest_of, encode_tensors
+from wearfleet_protos.tensors import digest_of, encode_tensors
 
+from wearfleet_edge.downloads import Downloads
 from wearfleet_edge.local_state import LocalState, PendingResult, PersonalOrigin
 from wearfleet_edge.memory import release_memory
 from wearfleet_edge.policy import PlanDemands, require_demands
@@ -165,6 +166,7 @@ class FederatedWorker:
         self._backoff = backoff
         self._refused_attempt = ""
         self._plans = PlanStore(artifacts, device.keys)
+        self._downloads = Downloads(artifacts, local.held)
         self._secure: SecureTask | None = None
         self.progress = Progress()
 
@@ -184,7 +186,8 @@ class FederatedWorker:
         installed = self._active.installed
         if installed is None:
             return _AFTER_REFUSAL_SECONDS
-        reply = self._cloud.poll_task(self._device.poll_seconds, installed.manifest_digest)
+        held = self._downloads.held()
+        reply = self._cloud.poll_task(self._device.poll_seconds, installed.manifest_digest, held)
         if reply.task is None:
             return reply.retry_after_s
         if reply.task.attempt_id == self._refused_attempt:
@@ -218,11 +221,7 @@ class FederatedWorker:
         _require_match(plan, installed)
         require_demands(self._device.demands, plan, uploads=not task.personalise)
         graphs = {p.graph: self._artifacts.fetch(p.graph, p.graph_bytes) for p in plan.phases}
-        downloaded = decode_tensors(
-            self._artifacts.fetch_once(task.tensors_digest, task.tensors_bytes, task.tensors),
-            plan.download_specs(),
-        )
-        check_finite(downloaded)
+        downloaded = self._download(task, plan)
         self._artifacts.keep_only({task.plan_digest, *graphs})
         local, was_reset = self._local.local_tensors(task.run_id, plan.local_specs())
         if not self._cloud.report_stage(task, Stage.FETCHED):
@@ -272,13 +271,23 @@ class FederatedWorker:
 
     def _fetch_plan(self, task: Task) -> Plan:
         plan = self._plans.fetch(task)
+        self._allow(task, plan, task.difference_bytes if task.held_digest else task.tensors_bytes)
+        return plan
+
+    def _download(self, task: Task, plan: Plan) -> Tensors:
+        tensors = self._downloads.from_held(task, plan)
+        if tensors is not None:
+            return tensors
+        self._allow(task, plan, task.difference_bytes + task.tensors_bytes)
+        return self._downloads.whole(task, plan)
+
+    def _allow(self, task: Task, plan: Plan, down: int) -> None:
         graphs = {p.graph: p.graph_bytes for p in plan.phases if not self._artifacts.has(p.graph)}
         uploaded = 0 if task.personalise else plan.update_format().most_bytes(task.round_number)
-        total = task.tensors_bytes + sum(graphs.values()) + uploaded
+        total = down + sum(graphs.values()) + uploaded
         allowed = min(plan.budget.max_bytes, self._device.max_bytes)
         if total > allowed:
             raise DeniedError(f"the task moves {total} bytes, at most {allowed:.0f} are allowed")
-        return plan
 
     def _result(
         self,

@@ -15,6 +15,7 @@ from wearfleet_protos.codecs import Residual
 from wearfleet_protos.errors import DataError, WearfleetError
 from wearfleet_protos.tensors import decode_tensors, encode_tensors, tensor_metadata
 
+from wearfleet_edge.downloads import HeldTensors
 from wearfleet_edge.runtime import Personal
 from wearfleet_edge.state import atomic_write, read_json, sync_directory, write_json
 from wearfleet_edge.transport.cloud import Submission
@@ -63,6 +64,9 @@ class LocalState:
 
     Args:
         state: the agent's directory.
+
+    Attributes:
+        held: tensors of earlier tasks, which need not come again.
     """
 
     def __init__(self, state: StateDirectory) -> None:
@@ -71,6 +75,7 @@ class LocalState:
         self._runs = state.federated / "runs"
         self._residuals = state.federated / "residuals"
         self._joined = state.federated / "joined.json"
+        self.held = HeldTensors(state.federated / "held")
         for folder in (self._pending, self._runs, self._residuals):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 

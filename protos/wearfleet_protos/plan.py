@@ -15,7 +15,7 @@ import numpy as np
 
 from wearfleet_protos.batching import Split
 from wearfleet_protos.canonical import canonical_json, parse_json, take
-from wearfleet_protos.codecs import FLOAT32, UpdateCodec, UpdateFormat
+from wearfleet_protos.codecs import FLOAT32, DownloadFormat, UpdateCodec, UpdateFormat
 from wearfleet_protos.errors import ProtocolError, WearfleetError
 from wearfleet_protos.recording import Channel
 from wearfleet_protos.tensors import (
@@ -171,6 +171,8 @@ class Plan:
         keep_local: roles that the device persists and never sends.
         budget: limits.
         seed: of shuffling and random numbers; the device adds its round.
+        downlink: codec of what goes down as a difference to what the device holds, float32 for exact differences; None
+            for whole tensors.
     """
 
     plan_id: str
@@ -184,6 +186,7 @@ class Plan:
     keep_local: tuple[TensorRole, ...]
     budget: Budget
     seed: int
+    downlink: UpdateCodec | None = None
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -218,6 +221,10 @@ class Plan:
     def update_format(self) -> UpdateFormat:
         """How an update becomes bytes, and back."""
         return UpdateFormat(self.upload_specs(), self.upload.codec, self.seed)
+
+    def download_format(self) -> DownloadFormat:
+        """How a difference to what a device holds becomes bytes, and back."""
+        return DownloadFormat(self.download_specs(), self.downlink, self.seed)
 
     def download_specs(self) -> tuple[TensorSpec, ...]:
         """Specifications of the tensors that the server sends, in name order: the model's, and global ones beside."""
@@ -354,6 +361,7 @@ def _to_json(plan: Plan) -> dict[str, object]:
             "min_examples": plan.budget.min_examples,
         },
         "seed": plan.seed,
+        **({"downlink": plan.downlink.to_json()} if plan.downlink else {}),
     }
 
 
@@ -443,7 +451,7 @@ def _phase_from_json(value: object) -> Phase:
 
 
 def _plan_from_json(value: Mapping[str, Any]) -> Plan:
-    row = take(value, Plan, "plan")
+    row = take({"downlink": None, **value}, Plan, "plan")
     upload = take({"clip": 0.0, "noise": 0.0, **row["upload"]}, UploadSpec, "upload")
     if upload["form"] not in ("delta", "value"):
         raise ProtocolError(f"upload form is unknown: {upload['form']!r}")
@@ -467,4 +475,5 @@ def _plan_from_json(value: Mapping[str, Any]) -> Plan:
         keep_local=tuple(TensorRole(r) for r in row["keep_local"]),
         budget=Budget(float(budget["seconds"]), int(budget["max_bytes"]), int(budget["min_examples"])),
         seed=int(row["seed"]),
+        downlink=None if row["downlink"] is None else UpdateCodec.from_json(row["downlink"]),
     )

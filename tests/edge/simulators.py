@@ -74,6 +74,7 @@ class SimulatedCloud:
     broken: set = field(default_factory=set)
     cut_after: int = 0
     renew: object = None
+    held: tuple = ()
 
     def add(self, data):
         digest = digest_of(data)
@@ -92,8 +93,9 @@ class SimulatedCloud:
         self.reported.append(reported)
         return HeartbeatReply(self.desired, time.time_ns(), 0.2)
 
-    def poll_task(self, wait_s, manifest_digest):
+    def poll_task(self, wait_s, manifest_digest, held=()):
         self._maybe_fail("poll_task")
+        self.held = tuple(held)
         return PollReply(self.tasks[0] if self.tasks else None, 0.1)
 
     def report_stage(self, task, stage):
@@ -276,14 +278,14 @@ class GrpcService(
             self.when_silent()
             time.sleep(0.3)
             return
-        reply = self.cloud.poll_task(request.wait_seconds, request.manifest_digest)
+        reply = self.cloud.poll_task(request.wait_seconds, request.manifest_digest, request.held_digests)
         if reply.task is None:
             poll = federation_pb2.PollTaskResponse(retry_after_seconds=reply.retry_after_s)
             yield federation_pb2.WorkResponse(poll=poll)
             return
         task = reply.task
         kind = federation_pb2.TASK_KIND_PERSONALISE if task.personalise else federation_pb2.TASK_KIND_TRAIN
-        data = self.cloud.blobs.get(task.tensors_digest, b"")
+        data = self.cloud.blobs.get(task.difference_digest or task.tensors_digest, b"")
         sent = data if len(data) <= request.max_streamed_bytes or self.fault == "size" else b""
         message = federation_pb2.FederatedTask(
             run_id=task.run_id,
@@ -296,6 +298,9 @@ class GrpcService(
             tensors_bytes=task.tensors_bytes,
             remaining_seconds=task.remaining_seconds,
             streamed_bytes=len(sent),
+            held_digest=task.held_digest,
+            difference_digest=task.difference_digest,
+            difference_bytes=task.difference_bytes,
         )
         first = federation_pb2.PollTaskResponse(task=message)
         fault, self.fault = self.fault, ""

@@ -10,6 +10,7 @@ from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Averaging, Contribution, moved
 from wearfleet_cloud.federated.cohort import Buffering
 from wearfleet_cloud.federated.compression import Compression
+from wearfleet_cloud.federated.downlink import Downlink
 from wearfleet_cloud.federated.privacy.options import PrivacyOptions
 from wearfleet_cloud.federated.privacy.secagg_options import SecureOptions
 from wearfleet_cloud.federated.training_options import LocalTraining
@@ -39,6 +40,7 @@ ADDITIONS: Final = (
     "record_dp",
     "robust",
     "compression",
+    "downlink",
     "async",
     "partial_participation",
 )
@@ -102,6 +104,10 @@ class Strategy(Protocol):
     @property
     def compression(self) -> Compression:
         """How updates are coded."""
+
+    @property
+    def downlink(self) -> Downlink:
+        """How global tensors are sent."""
 
     @property
     def privacy(self) -> PrivacyOptions:
@@ -184,6 +190,7 @@ class AveragingStrategy:
         privacy: what is clipped and noised.
         secure: whether updates are summed under masks.
         compression: how updates are coded.
+        downlink: how global tensors are sent.
     """
 
     info: ClassVar[StrategyInfo]
@@ -192,6 +199,7 @@ class AveragingStrategy:
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     secure: SecureOptions = field(default_factory=SecureOptions)
     compression: Compression = field(default_factory=Compression)
+    downlink: Downlink = field(default_factory=Downlink)
 
     @property
     def buffering(self) -> Buffering | None:

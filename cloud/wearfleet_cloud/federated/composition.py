@@ -64,6 +64,10 @@ _MIXTURES: Final[Mapping[str, str]] = {
     ),
     "robust": "a rule makes one model for all; a mixture weighs strange models low by itself; use ditto for a bound",
     "async": "a mixture is made of models of one version; use fedbuff, or ditto in rounds",
+    "downlink": (
+        "every client is sent a model of its own, and the service keeps none of these to take a difference to; leave "
+        "it at whole (frozen tensors travel once in any case)"
+    ),
 }
 _RING: Final[Mapping[str, str]] = {
     "secagg": "a ring has no sum: each model goes to the next client alone; use fedavg",
@@ -76,6 +80,10 @@ _RING: Final[Mapping[str, str]] = {
     "robust": "poison travels the ring from client to client and no rule sees two models; use fedavg or ditto",
     "compression": "what a codec leaves out is missing in the next client's model, not averaged away; leave it off",
     "async": "a ring has one client at work at a time; use fedbuff",
+    "downlink": (
+        "a client is asked once a lap, when the model has passed through all others, so a difference is as large as "
+        "the model, and a lossy one would hand on what it lost; leave it at whole"
+    ),
 }
 
 _UNSOUND_WITH: Final[Mapping[tuple[str, str], str]] = {

@@ -20,5 +20,5 @@ class LocalOnly(AveragingStrategy):
         paper="none; baseline",
         uploaded=(),
         kept_local=LEARNED_ROLES,
-        composes_with=("async", "partial_participation"),
+        composes_with=("downlink", "async", "partial_participation"),
     )

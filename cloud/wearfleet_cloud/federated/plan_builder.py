@@ -79,6 +79,7 @@ def build_plan(
         keep_local=strategy.info.kept_local,
         budget=budget,
         seed=seed,
+        downlink=strategy.downlink.codec,
     )
     check_record(plan, strategy.privacy.record)
     return plan, {graph.digest: graph.data for graph in compiled.values()}

@@ -14,17 +14,19 @@ import torch
 from numpy.typing import NDArray
 from wearfleet_models.classifier import Classifier
 from wearfleet_protos.batching import rng_key
+from wearfleet_protos.codecs import Turn
 from wearfleet_protos.errors import AggregationError, ConfigError, ShapeError
 from wearfleet_protos.tensors import TensorSpec, check_finite
 
 from wearfleet_cloud.data.dataset import Progress, silent
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution, check_update, uploaded
 from wearfleet_cloud.federated.base import Strategy
+from wearfleet_cloud.federated.broadcast import SimulatedDownloads, download_format, fold_broadcast
 from wearfleet_cloud.federated.cohort import CohortPolicy, policies_of
 from wearfleet_cloud.federated.fedavg import FedAvg
 from wearfleet_cloud.federated.fedbuff import rebased
 from wearfleet_cloud.federated.latency import Latency
-from wearfleet_cloud.federated.privacy.central import check_private, fold
+from wearfleet_cloud.federated.privacy.central import check_private
 from wearfleet_cloud.federated.privacy.secagg_simulated import MachineOf, SimulatedSums
 from wearfleet_cloud.federated.robust.options import TooFewUpdatesError
 from wearfleet_cloud.federated.round_record import RoundPolicy
@@ -106,7 +108,7 @@ class RoundFigures:
         clients: whose updates counted; 0 when it was skipped.
         received: mean accuracy over them of what they received (with their own tensors), on held-out windows; None
             when there are none.
-        bytes_down: payload of tensors, for every task that was given.
+        bytes_down: payload of tensors, for every task that was given, by what the client held.
         bytes_up: payload of the updates that counted.
         lost: clients that were given up.
         staleness: mean over the updates.
@@ -177,14 +179,18 @@ def simulate(
     check_private(strategy, runner.specs)
     clients = {client.name: client for client in population.clients}
     sums = _sums(strategy, machine_of, simulation.seed)
-    federation = _Federation(strategy, runner, clients, simulation, sums, _first_tensors(model, runner.specs))
+    downloads = SimulatedDownloads(download_format(strategy, runner.specs, simulation.seed))
+    first = _first_tensors(model, runner.specs)
+    downloads.publish(first, {})
+    federation = _Federation(strategy, runner, clients, simulation, sums, downloads, first)
     run = _virtual_run(strategy, population, simulation)
     figures, rounds = list[RoundFigures](), list[dict[str, Mapping[str, float]]]()
     for number in range(1, simulation.rounds + 1):
         played = run.play(strategy.cohort(sorted(clients), number, federation.state))
+        bytes_down = federation.hand_out(played)
         results = federation.round(played)
         rounds.append({result.client: result.metrics for result in results})
-        figures.append(_figures(played, results, runner.specs, federation.judged))
+        figures.append(_figures(played, results, bytes_down, federation.judged))
         progress("rounds", number, simulation.rounds)
     if all(round_.skipped for round_ in figures):
         raise AggregationError(f"every round was skipped; the first: {figures[0].skipped}")
@@ -225,12 +231,19 @@ class _Federation:
     clients: Mapping[str, SimulatedClient]
     simulation: Simulation
     sums: SimulatedSums | None
+    downloads: SimulatedDownloads
     tensors: Arrays
     state: Arrays = field(default_factory=dict)
     kept: dict[str, Kept] = field(default_factory=dict)
     judged: _Judged = field(default_factory=_Judged)
     _version: int = 0
     _bases: dict[int, tuple[int, Arrays, Arrays]] = field(default_factory=dict)
+
+    def hand_out(self, played: VirtualRound) -> int:
+        """Bytes of the tasks of a round."""
+        return self.downloads.given(
+            played.fetched, lambda client: self.strategy.received(client, self.tensors, self.state)
+        )
 
     def round(self, played: VirtualRound) -> list[ClientRound]:
         """Train what counts in a round, each update from the tensors of its task, and fold it."""
@@ -276,7 +289,10 @@ class _Federation:
         try:
             if self.sums is not None:
                 updates = [self.sums.of(number, specs, self.strategy.info.upload(), self.tensors, updates)]
-            folded = fold(self.strategy, specs, self.tensors, self.state, updates, generator=noise)
+            turn = Turn(self.simulation.seed, number)
+            folded = fold_broadcast(
+                self.strategy, specs, self.tensors, self.state, updates, turn, generator=noise
+            )
         except TooFewUpdatesError as error:
             refused = tuple(sorted((*unusable, *(j.client for j in error.refused))))
             self.judged = _Judged(refused, refused, str(error))
@@ -291,6 +307,7 @@ class _Federation:
         except ShapeError as error:
             raise AggregationError(f"round {number}: {error}; use a smaller learning rate") from error
         self.tensors, self.state = dict(folded.tensors), dict(folded.state)
+        self.downloads.publish(self.tensors, self.state)
 
     def _contribution(self, counted: Counted, result: ClientRound) -> Contribution:
         update, current, base = result.update, self.tensors, self._bases[counted.task][1]
@@ -343,14 +360,14 @@ def _first_tensors(model: Classifier, specs: Sequence[TensorSpec]) -> dict[str, 
 
 
 def _figures(
-    played: VirtualRound, results: Sequence[ClientRound], specs: Sequence[TensorSpec], judged: _Judged
+    played: VirtualRound, results: Sequence[ClientRound], bytes_down: int, judged: _Judged
 ) -> RoundFigures:
     shares = [hits / count for hits, count in (_counts(r, "evaluate_before") for r in results)]
     return RoundFigures(
         number=played.number,
         clients=len(results),
         received=float(np.mean(shares)) if shares else None,
-        bytes_down=sum(spec.size_bytes for spec in downloaded_specs(specs)) * played.tasks,
+        bytes_down=bytes_down,
         bytes_up=sum(result.sent_bytes for result in results),
         lost=played.lost,
         staleness=sum(c.staleness for c in played.counted) / max(1, len(played.counted)),

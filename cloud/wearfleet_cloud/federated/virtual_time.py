@@ -49,7 +49,7 @@ class VirtualRound:
         number: from 1.
         published: False when it was skipped.
         counted: in the order of arrival; empty when it was skipped.
-        tasks: how many were given.
+        fetched: clients that were given a task, as often as they were.
         lost: how often a client was given up.
         ended_s: virtual time since the start of the run.
     """
@@ -57,7 +57,7 @@ class VirtualRound:
     number: int
     published: bool
     counted: tuple[Counted, ...]
-    tasks: int
+    fetched: tuple[str, ...]
     lost: int
     ended_s: float
 
@@ -167,4 +167,4 @@ def _ended(closed: Round, lost: int, now: float) -> VirtualRound:
     counted = tuple(
         Counted(r.client, int(r.attempt.split()[0]), r.staleness) for r in closed.receipts if published
     )
-    return VirtualRound(closed.number, published, counted, len(closed.fetched), lost, now)
+    return VirtualRound(closed.number, published, counted, closed.fetched, lost, now)

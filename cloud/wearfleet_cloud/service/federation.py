@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -20,6 +21,7 @@ from wearfleet_cloud.federated.round_events import (
     UpdateSubmitted,
 )
 from wearfleet_cloud.service.coordinator import Coordinator, FederationParts
+from wearfleet_cloud.service.differences import Differences
 from wearfleet_cloud.service.downlinks import Downlinks
 from wearfleet_cloud.service.leases import DeviceClass
 from wearfleet_cloud.service.live import Stage
@@ -43,15 +45,25 @@ class Federation:
     def __init__(self, parts: FederationParts, coordinator: Coordinator) -> None:
         self._parts, self._coordinator = parts, coordinator
         self._downlinks = Downlinks(parts.blobs, parts.on_tensors)
+        self._differences = Differences(parts.database, parts.blobs, parts.on_tensors)
 
-    async def poll(self, device_id: str, wait_s: float, kind: DeviceClass | None = None) -> Task | None:
-        """A task for this device, at once or within ``wait_s``; None when there is none."""
+    async def poll(
+        self, device_id: str, wait_s: float, kind: DeviceClass | None = None, held: Sequence[str] = ()
+    ) -> Task | None:
+        """A task for this device, at once or within ``wait_s``; None when there is none.
+
+        Args:
+            device_id: who asks.
+            wait_s: longest wait.
+            kind: what it is.
+            held: digests of tensors that it holds.
+        """
         self._coordinator.leases.renew(device_id, kind)
         until = time.monotonic() + wait_s
         self._coordinator.room.note(device_id)
         while True:
             await self._coordinator.choose_clients()
-            task = await self._task_for(device_id)
+            task = await self._task_for(device_id, held)
             left = until - time.monotonic()
             if task is not None or left <= 0 or self._coordinator.stopping:
                 break
@@ -205,7 +217,7 @@ class Federation:
             return keeper
         return self._present(run_id, round_number)
 
-    async def _task_for(self, device_id: str) -> Task | None:
+    async def _task_for(self, device_id: str, held: Sequence[str]) -> Task | None:
         run, keeper = self._coordinator.run, self._coordinator.keeper
         if run is None or keeper is None or not keeper.open_for(device_id):
             return None
@@ -224,6 +236,7 @@ class Federation:
             deadline=time.time() + current.policy.deadline_s if current.policy.buffered else current.deadline,
             secure=self._coordinator.secure.parameters_of(keeper) if keeper.kind == "train" else None,
             without_figures=run.secure,
+            difference=await self._differences.to(run, current, base, held),
         )
 
     async def _note_fetched(self, device_id: str, task: Task) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy.engine import Connection
+from wearfleet_protos.codecs import Turn
 from wearfleet_protos.errors import AggregationError, ShapeError
 from wearfleet_protos.tensors import Digest, check_finite, decode_tensors, encode_tensors
 
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution
+from wearfleet_cloud.federated.broadcast import fold_broadcast
 from wearfleet_cloud.federated.cohort import substitutes
 from wearfleet_cloud.federated.fedbuff import rebased
-from wearfleet_cloud.federated.privacy.central import fold
 from wearfleet_cloud.federated.robust.evidence import Judgement
 from wearfleet_cloud.federated.round import Receipt, Round
 from wearfleet_cloud.service.run_context import ActiveRun
@@ -83,12 +84,13 @@ class Folding:
             NotFoundError: an update, the global tensors or the server's state are gone.
             IntegrityError: a file was changed.
         """
-        averaged = fold(
+        averaged = fold_broadcast(
             run.strategy,
             run.plan.tensors,
             self.tensors(run, current.base),
             self._state(current),
             contributions,
+            Turn(run.plan.seed, current.number),
         )
         try:
             check_finite(averaged.tensors)

@@ -55,6 +55,10 @@ def fill_task(message: federation_pb2.FederatedTask, task: Task) -> None:
     if task.secure is not None:
         message.kind = federation_pb2.TASK_KIND_TRAIN_SECURELY
         message.secure.CopyFrom(setup_to_pb(task.secure))
+    if task.difference is not None:
+        message.held_digest = task.difference.held
+        message.difference_digest = task.difference.digest
+        message.difference_bytes = task.difference.size_bytes
     message.without_figures = task.without_figures
     message.deadline_unix_ns = int(task.deadline * 1e9)
     message.lease_seconds = task.lease_s

@@ -21,7 +21,7 @@ from wearfleet_cloud.fleet.signing import SigningKeys
 from wearfleet_cloud.storage.blobs import Blobs
 from wearfleet_cloud.storage.run_records import RunRow
 
-__all__ = ["ActiveRun", "RoundKind", "RunSettings", "Task", "attempt_id_for", "load_run"]
+__all__ = ["ActiveRun", "Difference", "RoundKind", "RunSettings", "Task", "attempt_id_for", "load_run"]
 
 RoundKind = Literal["train", "personalise"]
 
@@ -94,10 +94,20 @@ class ActiveRun:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """What a device holds, and the artifact that leads from there; "" and 0 when it needs nothing more."""
+
+    held: str
+    digest: str = ""
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """What a device is asked to do; ``deadline`` in Unix seconds.
 
-    With ``secure`` its update is masked; with ``without_figures`` it sends no metrics, counts or times.
+    With a ``difference`` the tensors need not go down whole. With ``secure`` its update is masked; with
+    ``without_figures`` it sends no metrics, counts or times.
     """
 
     run_id: str
@@ -112,6 +122,7 @@ class Task:
     lease_s: float = 0.0
     secure: SecureParameters | None = None
     without_figures: bool = False
+    difference: Difference | None = None
 
 
 def attempt_id_for(run_id: str, round_number: int, device_id: str) -> str:

@@ -99,7 +99,7 @@ def start_run(
         ShapeError: the start values do not fit the plan, or are not finite.
         ConfigError: the strategy does not know an option, its privacy cannot protect what the plan uploads, it has
             buffers instead of the cohort that was chosen, cohorts are too small or large for secure aggregation, or
-            the plan was built with another codec of updates than the options say.
+            the plan was built with another codec of updates or downloads than the options say.
     """
     strategy = create_strategy(plan.strategy, settings.options)
     _check_codec(strategy, plan)
@@ -125,13 +125,18 @@ def start_run(
 
 
 def _check_codec(strategy: Strategy, plan: Plan) -> None:
-    """What the options may be combined with was checked with their codec, so it must be the plan's."""
-    chosen, built = strategy.compression.update_codec, plan.upload.codec
-    if chosen != built:
-        raise ConfigError(
-            f"the options say codec {chosen.to_json()}, the plan was built with {built.to_json()}; give the same "
-            "--set codec=... here and where the plan was built"
-        )
+    """What the options may be combined with was checked with their codecs, so they must be the plan's."""
+    pairs = {
+        "codec": (strategy.compression.update_codec, plan.upload.codec),
+        "downlink": (strategy.downlink.codec, plan.downlink),
+    }
+    for option, (chosen, built) in pairs.items():
+        if chosen != built:
+            said, has = (codec.to_json() if codec else "whole" for codec in (chosen, built))
+            raise ConfigError(
+                f"the options say {option} {said}, the plan was built with {has}; give the same --set {option}=... "
+                "here and where the plan was built"
+            )
 
 
 def _check_graphs(plan: Plan, graphs: Mapping[Digest, bytes]) -> None:

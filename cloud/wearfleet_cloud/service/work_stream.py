@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from wearfleet_protos.chunks import CHUNK_BYTES, SENT_CHUNK, WireChunk, split_chunk
 from wearfleet_protos.errors import ProtocolError, TransportError
 from wearfleet_protos.secagg.codec import answer_from_pb, notice_to_pb
+from wearfleet_protos.tensors import Digest
 from wearfleet_protos.v1 import federation_pb2, secagg_pb2
 
 from wearfleet_cloud.service.federation import Federation
@@ -81,20 +82,25 @@ class WorkStreams:
                 )
 
     async def _poll(self, pipe: Pipe, request: federation_pb2.PollTaskRequest) -> None:
-        task = await self.federation.poll(pipe.device, wait_of(request), class_of(request))
+        task = await self.federation.poll(
+            pipe.device, wait_of(request), class_of(request), request.held_digests
+        )
         if task is None:
             empty = federation_pb2.PollTaskResponse()
             await pipe.write(federation_pb2.WorkResponse(poll=empty).SerializeToString())
             return
         response = federation_pb2.WorkResponse()
         fill_task(response.poll.task, task)
-        if task.tensors_bytes > request.max_streamed_bytes:
+        digest, size = task.tensors_digest, task.tensors_bytes
+        if task.difference is not None:
+            digest, size = Digest(task.difference.digest), task.difference.size_bytes
+        if not size or size > request.max_streamed_bytes:
             await pipe.write(response.SerializeToString())
             return
-        response.poll.task.streamed_bytes = task.tensors_bytes
+        response.poll.task.streamed_bytes = size
         rest = response.SerializeToString()
-        messages = self.artifacts.download(task.tensors_digest, 0)
-        async with self.turns if task.tensors_bytes > CHUNK_BYTES else nullcontext():
+        messages = self.artifacts.download(digest, 0)
+        async with self.turns if size > CHUNK_BYTES else nullcontext():
             for message in messages:
                 await pipe.write(rest + message)  # fields of one message in any order are that message
                 rest = b""

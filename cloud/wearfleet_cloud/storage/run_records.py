@@ -15,12 +15,14 @@ __all__ = [
     "RoundRow",
     "RunRow",
     "Submission",
+    "Version",
     "find_run",
     "find_submission",
     "finish_run",
     "insert_run",
     "insert_submissions",
     "last_round",
+    "last_versions",
     "list_rounds",
     "list_runs",
     "list_submissions",
@@ -78,6 +80,15 @@ class Submission:
     local_state_reset: bool
     received_ns: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """Digests of the global tensors before and after a round that gave some, and of the server's state after it."""
+
+    base: str
+    result: str
+    state: str
 
 
 def insert_run(connection: Connection, run: RunRow) -> None:
@@ -153,6 +164,20 @@ def last_round(connection: Connection, run_id: str) -> RoundRow | None:
     query = sa.select(rounds).where(rounds.c.run_id == run_id).order_by(rounds.c.round.desc()).limit(1)
     row = connection.execute(query).mappings().first()
     return None if row is None else RoundRow(**row)
+
+
+def last_versions(connection: Connection, run_id: str, most: int) -> list[Version]:
+    """The last rounds of a run that gave new global tensors, at most so many, in order."""
+    query = (
+        sa.select(rounds.c.base_digest, rounds.c.result_digest, rounds.c.snapshot)
+        .where(rounds.c.run_id == run_id, rounds.c.kind == "train", rounds.c.state == "published")
+        .order_by(rounds.c.round.desc())
+        .limit(most)
+    )
+    found = [
+        Version(base, result, s.get("result_state", "")) for base, result, s in connection.execute(query)
+    ]
+    return found[::-1]
 
 
 def list_rounds(connection: Connection, run_id: str) -> list[RoundRow]:

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from wearfleet_protos.secagg.messages import Answer, Notice
@@ -58,7 +59,9 @@ class ReceiptStatus(Enum):
 class Task:
     """Work of one federated round; ``personalise`` keeps the result on the device.
 
-    ``tensors`` are the bytes of ``tensors_digest``, not checked yet, when they came with the task; otherwise empty.
+    ``tensors`` are the bytes of ``tensors_digest``, or of the difference if there is one, not checked yet, when they
+    came with the task; otherwise empty. With a ``held_digest`` the tensors need not come whole: what the device holds
+    under it and the difference make them, or it holds them already, and ``difference_digest`` is empty.
     With ``secure`` the update goes back masked; with ``without_figures`` no metrics, counts or times go with it.
     Who is silent for longer than ``lease_s`` while it works may lose its place; 0 for no limit.
     """
@@ -76,6 +79,9 @@ class Task:
     secure: SecureParameters | None = None
     without_figures: bool = False
     lease_s: float = 0.0
+    held_digest: str = ""
+    difference_digest: str = ""
+    difference_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +164,8 @@ class Cloud(Protocol):
     def heartbeat(self, reported: Reported) -> HeartbeatReply:
         """Report what runs, learn what should."""
 
-    def poll_task(self, wait_s: float, manifest_digest: str) -> PollReply:
-        """Wait for work."""
+    def poll_task(self, wait_s: float, manifest_digest: str, held: Sequence[str] = ()) -> PollReply:
+        """Wait for work; ``held`` are digests of tensors that need not come again."""
 
     def report_stage(self, task: Task, stage: Stage) -> bool:
         """Tell how far a task is; False when the round is over."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -195,7 +195,7 @@ class RpcCloud:
             reply.next_after_seconds,
         )
 
-    def poll_task(self, wait_s: float, manifest_digest: str) -> PollReply:
+    def poll_task(self, wait_s: float, manifest_digest: str, held: Sequence[str] = ()) -> PollReply:
         """See :class:`wearfleet_edge.transport.cloud.Cloud`.
 
         After a failure the next task comes without its tensors: a bad network gets them as a resumable download.
@@ -205,6 +205,7 @@ class RpcCloud:
             manifest_digest=manifest_digest,
             max_streamed_bytes=self._streamed_bytes,
             device_class=self._class,
+            held_digests=held,
         )
         timeout = wait_s + _transfer_seconds(CHUNK_BYTES)
         self._streamed_bytes = 0
@@ -453,6 +454,9 @@ def _task_from_pb(task: federation_pb2.FederatedTask, tensors: bytearray) -> Tas
         secure=_secure_from_pb(task),
         without_figures=task.without_figures,
         lease_s=task.lease_seconds,
+        held_digest=task.held_digest,
+        difference_digest=task.difference_digest,
+        difference_bytes=task.difference_bytes,
     )
 
 

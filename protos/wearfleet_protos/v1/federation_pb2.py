@@ -26,7 +26,7 @@ from wearfleet_protos.v1 import artifact_pb2 as wearfleet__protos_dot_v1_dot_art
 from wearfleet_protos.v1 import secagg_pb2 as wearfleet__protos_dot_v1_dot_secagg__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$wearfleet_protos/v1/federation.proto\x12\x0cwearfleet.v1\x1a\"wearfleet_protos/v1/artifact.proto\x1a wearfleet_protos/v1/secagg.proto\"\xee\x02\n\rFederatedTask\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x12\n\nattempt_id\x18\x03 \x01(\t\x12$\n\x04kind\x18\x04 \x01(\x0e\x32\x16.wearfleet.v1.TaskKind\x12\x13\n\x0bplan_digest\x18\x05 \x01(\t\x12\x12\n\nplan_bytes\x18\x06 \x01(\x04\x12\x16\n\x0etensors_digest\x18\x07 \x01(\t\x12\x15\n\rtensors_bytes\x18\x08 \x01(\x04\x12\x18\n\x10\x64\x65\x61\x64line_unix_ns\x18\t \x01(\x03\x12\x19\n\x11remaining_seconds\x18\n \x01(\x01\x12\x16\n\x0estreamed_bytes\x18\x0c \x01(\x04\x12)\n\x06secure\x18\r \x01(\x0b\x32\x19.wearfleet.v1.SecureSetup\x12\x17\n\x0fwithout_figures\x18\x0e \x01(\x08\x12\x15\n\rlease_seconds\x18\x0f \x01(\x01J\x04\x08\x0b\x10\x0c\"\x93\x01\n\x0fPollTaskRequest\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\x12\x1a\n\x12max_streamed_bytes\x18\x04 \x01(\x04\x12/\n\x0c\x64\x65vice_class\x18\x05 \x01(\x0e\x32\x19.wearfleet.v1.DeviceClassJ\x04\x08\x03\x10\x04\"Z\n\x10PollTaskResponse\x12)\n\x04task\x18\x01 \x01(\x0b\x32\x1b.wearfleet.v1.FederatedTask\x12\x1b\n\x13retry_after_seconds\x18\x02 \x01(\x01\"o\n\x12ReportStageRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x12\n\nattempt_id\x18\x03 \x01(\t\x12&\n\x05stage\x18\x04 \x01(\x0e\x32\x17.wearfleet.v1.TaskStage\"%\n\x13ReportStageResponse\x12\x0e\n\x06wanted\x18\x01 \x01(\x08\"\xde\x02\n\x13SubmitUpdateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x12\n\nattempt_id\x18\x03 \x01(\t\x12\x15\n\rupdate_digest\x18\x04 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\t\x12\x14\n\x0cnum_examples\x18\x06 \x01(\x04\x12\x11\n\tnum_steps\x18\x07 \x01(\x04\x12?\n\x07metrics\x18\x08 \x03(\x0b\x32..wearfleet.v1.SubmitUpdateRequest.MetricsEntry\x12\x15\n\rtrain_seconds\x18\t \x01(\x01\x12\x19\n\x11local_state_reset\x18\n \x01(\x08\x12\x16\n\x0estreamed_bytes\x18\x0c \x01(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01J\x04\x08\x0b\x10\x0c\"S\n\x14SubmitUpdateResponse\x12+\n\x06status\x18\x01 \x01(\x0e\x32\x1b.wearfleet.v1.ReceiptStatus\x12\x0e\n\x06reason\x18\x02 \x01(\t\"W\n\x12\x44\x65\x63lineTaskRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x12\n\nattempt_id\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x15\n\x13\x44\x65\x63lineTaskResponse\"\xbe\x01\n\x0bWorkRequest\x12+\n\x04poll\x18\x01 \x01(\x0b\x32\x1d.wearfleet.v1.PollTaskRequest\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.wearfleet.v1.Chunk\x12\x31\n\x06submit\x18\x03 \x01(\x0b\x32!.wearfleet.v1.SubmitUpdateRequest\x12+\n\x06secure\x18\x04 \x01(\x0b\x32\x1b.wearfleet.v1.SecureRequest\"\xc3\x01\n\x0cWorkResponse\x12\"\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x13.wearfleet.v1.Chunk\x12,\n\x04poll\x18\x02 \x01(\x0b\x32\x1e.wearfleet.v1.PollTaskResponse\x12\x33\n\x07receipt\x18\x03 \x01(\x0b\x32\".wearfleet.v1.SubmitUpdateResponse\x12,\n\x06secure\x18\x04 \x01(\x0b\x32\x1c.wearfleet.v1.SecureResponse*s\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_KIND_TRAIN\x10\x01\x12\x19\n\x15TASK_KIND_PERSONALISE\x10\x02\x12\x1c\n\x18TASK_KIND_TRAIN_SECURELY\x10\x03*x\n\x0b\x44\x65viceClass\x12\x1c\n\x18\x44\x45VICE_CLASS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x45VICE_CLASS_GATEWAY\x10\x01\x12\x16\n\x12\x44\x45VICE_CLASS_PHONE\x10\x02\x12\x19\n\x15\x44\x45VICE_CLASS_WEARABLE\x10\x03*r\n\tTaskStage\x12\x1a\n\x16TASK_STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_STAGE_FETCHED\x10\x01\x12\x17\n\x13TASK_STAGE_TRAINING\x10\x02\x12\x18\n\x14TASK_STAGE_UPLOADING\x10\x03*\xa1\x01\n\rReceiptStatus\x12\x1e\n\x1aRECEIPT_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17RECEIPT_STATUS_ACCEPTED\x10\x01\x12\x1c\n\x18RECEIPT_STATUS_DUPLICATE\x10\x02\x12\x18\n\x14RECEIPT_STATUS_STALE\x10\x03\x12\x1b\n\x17RECEIPT_STATUS_REJECTED\x10\x04\x32\xfe\x01\n\x11\x46\x65\x64\x65rationService\x12\x41\n\x04Work\x12\x19.wearfleet.v1.WorkRequest\x1a\x1a.wearfleet.v1.WorkResponse(\x01\x30\x01\x12R\n\x0bReportStage\x12 .wearfleet.v1.ReportStageRequest\x1a!.wearfleet.v1.ReportStageResponse\x12R\n\x0b\x44\x65\x63lineTask\x12 .wearfleet.v1.DeclineTaskRequest\x1a!.wearfleet.v1.DeclineTaskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$wearfleet_protos/v1/federation.proto\x12\x0cwearfleet.v1\x1a\"wearfleet_protos/v1/artifact.proto\x1a wearfleet_protos/v1/secagg.proto\"\xb8\x03\n\rFederatedTask\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x12\n\nattempt_id\x18\x03 \x01(\t\x12$\n\x04kind\x18\x04 \x01(\x0e\x32\x16.wearfleet.v1.TaskKind\x12\x13\n\x0bplan_digest\x18\x05 \x01(\t\x12\x12\n\nplan_bytes\x18\x06 \x01(\x04\x12\x16\n\x0etensors_digest\x18\x07 \x01(\t\x12\x15\n\rtensors_bytes\x18\x08 \x01(\x04\x12\x18\n\x10\x64\x65\x61\x64line_unix_ns\x18\t \x01(\x03\x12\x19\n\x11remaining_seconds\x18\n \x01(\x01\x12\x16\n\x0estreamed_bytes\x18\x0c \x01(\x04\x12)\n\x06secure\x18\r \x01(\x0b\x32\x19.wearfleet.v1.SecureSetup\x12\x17\n\x0fwithout_figures\x18\x0e \x01(\x08\x12\x15\n\rlease_seconds\x18\x0f \x01(\x01\x12\x13\n\x0bheld_digest\x18\x10 \x01(\t\x12\x19\n\x11\x64ifference_digest\x18\x11 \x01(\t\x12\x18\n\x10\x64ifference_bytes\x18\x12 \x01(\x04J\x04\x08\x0b\x10\x0c\"\xa9\x01\n\x0fPollTaskRequest\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\x12\x1a\n\x12max_streamed_bytes\x18\x04 \x01(\x04\x12/\n\x0c\x64\x65vice_class\x18\x05 \x01(\x0e\x32\x19.wearfleet.v1.DeviceClass\x12\x14\n\x0cheld_digests\x18\x06 \x03(\tJ\x04\x08\x03\x10\x04\"Z\n\x10PollTaskResponse\x12)\n\x04task\x18\x01 \x01(\x0b\x32\x1b.wearfleet.v1.FederatedTask\x12\x1b\n\x13retry_after_seconds\x18\x02 \x01(\x01\"o\n\x12ReportStageRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x12\n\nattempt_id\x18\x03 \x01(\t\x12&\n\x05stage\x18\x04 \x01(\x0e\x32\x17.wearfleet.v1.TaskStage\"%\n\x13ReportStageResponse\x12\x0e\n\x06wanted\x18\x01 \x01(\x08\"\xde\x02\n\x13SubmitUpdateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x12\n\nattempt_id\x18\x03 \x01(\t\x12\x15\n\rupdate_digest\x18\x04 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\t\x12\x14\n\x0cnum_examples\x18\x06 \x01(\x04\x12\x11\n\tnum_steps\x18\x07 \x01(\x04\x12?\n\x07metrics\x18\x08 \x03(\x0b\x32..wearfleet.v1.SubmitUpdateRequest.MetricsEntry\x12\x15\n\rtrain_seconds\x18\t \x01(\x01\x12\x19\n\x11local_state_reset\x18\n \x01(\x08\x12\x16\n\x0estreamed_bytes\x18\x0c \x01(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01J\x04\x08\x0b\x10\x0c\"S\n\x14SubmitUpdateResponse\x12+\n\x06status\x18\x01 \x01(\x0e\x32\x1b.wearfleet.v1.ReceiptStatus\x12\x0e\n\x06reason\x18\x02 \x01(\t\"W\n\x12\x44\x65\x63lineTaskRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x12\n\nattempt_id\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x15\n\x13\x44\x65\x63lineTaskResponse\"\xbe\x01\n\x0bWorkRequest\x12+\n\x04poll\x18\x01 \x01(\x0b\x32\x1d.wearfleet.v1.PollTaskRequest\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.wearfleet.v1.Chunk\x12\x31\n\x06submit\x18\x03 \x01(\x0b\x32!.wearfleet.v1.SubmitUpdateRequest\x12+\n\x06secure\x18\x04 \x01(\x0b\x32\x1b.wearfleet.v1.SecureRequest\"\xc3\x01\n\x0cWorkResponse\x12\"\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x13.wearfleet.v1.Chunk\x12,\n\x04poll\x18\x02 \x01(\x0b\x32\x1e.wearfleet.v1.PollTaskResponse\x12\x33\n\x07receipt\x18\x03 \x01(\x0b\x32\".wearfleet.v1.SubmitUpdateResponse\x12,\n\x06secure\x18\x04 \x01(\x0b\x32\x1c.wearfleet.v1.SecureResponse*s\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_KIND_TRAIN\x10\x01\x12\x19\n\x15TASK_KIND_PERSONALISE\x10\x02\x12\x1c\n\x18TASK_KIND_TRAIN_SECURELY\x10\x03*x\n\x0b\x44\x65viceClass\x12\x1c\n\x18\x44\x45VICE_CLASS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x45VICE_CLASS_GATEWAY\x10\x01\x12\x16\n\x12\x44\x45VICE_CLASS_PHONE\x10\x02\x12\x19\n\x15\x44\x45VICE_CLASS_WEARABLE\x10\x03*r\n\tTaskStage\x12\x1a\n\x16TASK_STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_STAGE_FETCHED\x10\x01\x12\x17\n\x13TASK_STAGE_TRAINING\x10\x02\x12\x18\n\x14TASK_STAGE_UPLOADING\x10\x03*\xa1\x01\n\rReceiptStatus\x12\x1e\n\x1aRECEIPT_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17RECEIPT_STATUS_ACCEPTED\x10\x01\x12\x1c\n\x18RECEIPT_STATUS_DUPLICATE\x10\x02\x12\x18\n\x14RECEIPT_STATUS_STALE\x10\x03\x12\x1b\n\x17RECEIPT_STATUS_REJECTED\x10\x04\x32\xfe\x01\n\x11\x46\x65\x64\x65rationService\x12\x41\n\x04Work\x12\x19.wearfleet.v1.WorkRequest\x1a\x1a.wearfleet.v1.WorkResponse(\x01\x30\x01\x12R\n\x0bReportStage\x12 .wearfleet.v1.ReportStageRequest\x1a!.wearfleet.v1.ReportStageResponse\x12R\n\x0b\x44\x65\x63lineTask\x12 .wearfleet.v1.DeclineTaskRequest\x1a!.wearfleet.v1.DeclineTaskResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,38 +35,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._loaded_options = None
   _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_TASKKIND']._serialized_start=1828
-  _globals['_TASKKIND']._serialized_end=1943
-  _globals['_DEVICECLASS']._serialized_start=1945
-  _globals['_DEVICECLASS']._serialized_end=2065
-  _globals['_TASKSTAGE']._serialized_start=2067
-  _globals['_TASKSTAGE']._serialized_end=2181
-  _globals['_RECEIPTSTATUS']._serialized_start=2184
-  _globals['_RECEIPTSTATUS']._serialized_end=2345
+  _globals['_TASKKIND']._serialized_start=1924
+  _globals['_TASKKIND']._serialized_end=2039
+  _globals['_DEVICECLASS']._serialized_start=2041
+  _globals['_DEVICECLASS']._serialized_end=2161
+  _globals['_TASKSTAGE']._serialized_start=2163
+  _globals['_TASKSTAGE']._serialized_end=2277
+  _globals['_RECEIPTSTATUS']._serialized_start=2280
+  _globals['_RECEIPTSTATUS']._serialized_end=2441
   _globals['_FEDERATEDTASK']._serialized_start=125
-  _globals['_FEDERATEDTASK']._serialized_end=491
-  _globals['_POLLTASKREQUEST']._serialized_start=494
-  _globals['_POLLTASKREQUEST']._serialized_end=641
-  _globals['_POLLTASKRESPONSE']._serialized_start=643
-  _globals['_POLLTASKRESPONSE']._serialized_end=733
-  _globals['_REPORTSTAGEREQUEST']._serialized_start=735
-  _globals['_REPORTSTAGEREQUEST']._serialized_end=846
-  _globals['_REPORTSTAGERESPONSE']._serialized_start=848
-  _globals['_REPORTSTAGERESPONSE']._serialized_end=885
-  _globals['_SUBMITUPDATEREQUEST']._serialized_start=888
-  _globals['_SUBMITUPDATEREQUEST']._serialized_end=1238
-  _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._serialized_start=1186
-  _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._serialized_end=1232
-  _globals['_SUBMITUPDATERESPONSE']._serialized_start=1240
-  _globals['_SUBMITUPDATERESPONSE']._serialized_end=1323
-  _globals['_DECLINETASKREQUEST']._serialized_start=1325
-  _globals['_DECLINETASKREQUEST']._serialized_end=1412
-  _globals['_DECLINETASKRESPONSE']._serialized_start=1414
-  _globals['_DECLINETASKRESPONSE']._serialized_end=1435
-  _globals['_WORKREQUEST']._serialized_start=1438
-  _globals['_WORKREQUEST']._serialized_end=1628
-  _globals['_WORKRESPONSE']._serialized_start=1631
-  _globals['_WORKRESPONSE']._serialized_end=1826
-  _globals['_FEDERATIONSERVICE']._serialized_start=2348
-  _globals['_FEDERATIONSERVICE']._serialized_end=2602
+  _globals['_FEDERATEDTASK']._serialized_end=565
+  _globals['_POLLTASKREQUEST']._serialized_start=568
+  _globals['_POLLTASKREQUEST']._serialized_end=737
+  _globals['_POLLTASKRESPONSE']._serialized_start=739
+  _globals['_POLLTASKRESPONSE']._serialized_end=829
+  _globals['_REPORTSTAGEREQUEST']._serialized_start=831
+  _globals['_REPORTSTAGEREQUEST']._serialized_end=942
+  _globals['_REPORTSTAGERESPONSE']._serialized_start=944
+  _globals['_REPORTSTAGERESPONSE']._serialized_end=981
+  _globals['_SUBMITUPDATEREQUEST']._serialized_start=984
+  _globals['_SUBMITUPDATEREQUEST']._serialized_end=1334
+  _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._serialized_start=1282
+  _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._serialized_end=1328
+  _globals['_SUBMITUPDATERESPONSE']._serialized_start=1336
+  _globals['_SUBMITUPDATERESPONSE']._serialized_end=1419
+  _globals['_DECLINETASKREQUEST']._serialized_start=1421
+  _globals['_DECLINETASKREQUEST']._serialized_end=1508
+  _globals['_DECLINETASKRESPONSE']._serialized_start=1510
+  _globals['_DECLINETASKRESPONSE']._serialized_end=1531
+  _globals['_WORKREQUEST']._serialized_start=1534
+  _globals['_WORKREQUEST']._serialized_end=1724
+  _globals['_WORKRESPONSE']._serialized_start=1727
+  _globals['_WORKRESPONSE']._serialized_end=1922
+  _globals['_FEDERATIONSERVICE']._serialized_start=2444
+  _globals['_FEDERATIONSERVICE']._serialized_end=2698
 # @@protoc_insertion_point(module_scope)

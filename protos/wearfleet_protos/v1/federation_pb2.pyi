@@ -137,6 +137,9 @@ class FederatedTask(google.protobuf.message.Message):
     SECURE_FIELD_NUMBER: builtins.int
     WITHOUT_FIGURES_FIELD_NUMBER: builtins.int
     LEASE_SECONDS_FIELD_NUMBER: builtins.int
+    HELD_DIGEST_FIELD_NUMBER: builtins.int
+    DIFFERENCE_DIGEST_FIELD_NUMBER: builtins.int
+    DIFFERENCE_BYTES_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     round: builtins.int
     """From 1."""
@@ -154,13 +157,21 @@ class FederatedTask(google.protobuf.message.Message):
     remaining_seconds: builtins.float
     """Seconds left at the time of the answer, for devices with a bad clock."""
     streamed_bytes: builtins.int
-    """So many bytes of tensors_digest (all of them) come in chunks, the first in this message; 0 when the device downloads
-    them.
+    """So many bytes of tensors_digest, or of the difference if there is one (all of them), come in chunks, the first in this
+    message; 0 when the device downloads them.
     """
     without_figures: builtins.bool
     """Send no metrics, counts or times with the result."""
     lease_seconds: builtins.float
     """Who is silent for longer than this while at work may lose its place in the round; 0 for no limit."""
+    held_digest: builtins.str
+    """The device need not get the tensors whole: it makes them from those that it holds under this digest and the
+    difference, or holds them already (held_digest is tensors_digest, and there is no difference). What it made must have
+    tensors_digest; whatever goes wrong, it downloads that one.
+    """
+    difference_digest: builtins.str
+    """Artifact."""
+    difference_bytes: builtins.int
     @property
     def secure(self) -> wearfleet_protos.v1.secagg_pb2.SecureSetup:
         """With TASK_KIND_TRAIN_SECURELY."""
@@ -182,9 +193,12 @@ class FederatedTask(google.protobuf.message.Message):
         secure: wearfleet_protos.v1.secagg_pb2.SecureSetup | None = ...,
         without_figures: builtins.bool = ...,
         lease_seconds: builtins.float = ...,
+        held_digest: builtins.str = ...,
+        difference_digest: builtins.str = ...,
+        difference_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["secure", b"secure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "deadline_unix_ns", b"deadline_unix_ns", "kind", b"kind", "lease_seconds", b"lease_seconds", "plan_bytes", b"plan_bytes", "plan_digest", b"plan_digest", "remaining_seconds", b"remaining_seconds", "round", b"round", "run_id", b"run_id", "secure", b"secure", "streamed_bytes", b"streamed_bytes", "tensors_bytes", b"tensors_bytes", "tensors_digest", b"tensors_digest", "without_figures", b"without_figures"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt_id", b"attempt_id", "deadline_unix_ns", b"deadline_unix_ns", "difference_bytes", b"difference_bytes", "difference_digest", b"difference_digest", "held_digest", b"held_digest", "kind", b"kind", "lease_seconds", b"lease_seconds", "plan_bytes", b"plan_bytes", "plan_digest", b"plan_digest", "remaining_seconds", b"remaining_seconds", "round", b"round", "run_id", b"run_id", "secure", b"secure", "streamed_bytes", b"streamed_bytes", "tensors_bytes", b"tensors_bytes", "tensors_digest", b"tensors_digest", "without_figures", b"without_figures"]) -> None: ...
 
 Global___FederatedTask: typing_extensions.TypeAlias = FederatedTask
 
@@ -198,6 +212,7 @@ class PollTaskRequest(google.protobuf.message.Message):
     MANIFEST_DIGEST_FIELD_NUMBER: builtins.int
     MAX_STREAMED_BYTES_FIELD_NUMBER: builtins.int
     DEVICE_CLASS_FIELD_NUMBER: builtins.int
+    HELD_DIGESTS_FIELD_NUMBER: builtins.int
     wait_seconds: builtins.float
     """The server answers at the latest after this time, 60 at most."""
     manifest_digest: builtins.str
@@ -206,6 +221,10 @@ class PollTaskRequest(google.protobuf.message.Message):
     """Tensors of at most so many bytes may come in chunks; 0 when the device downloads them."""
     device_class: Global___DeviceClass.ValueType
     """How long it may be silent while it works depends on it."""
+    @property
+    def held_digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Digests of tensors that the device holds from earlier tasks, all of them or the frozen ones; 8 at most."""
+
     def __init__(
         self,
         *,
@@ -213,8 +232,9 @@ class PollTaskRequest(google.protobuf.message.Message):
         manifest_digest: builtins.str = ...,
         max_streamed_bytes: builtins.int = ...,
         device_class: Global___DeviceClass.ValueType = ...,
+        held_digests: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device_class", b"device_class", "manifest_digest", b"manifest_digest", "max_streamed_bytes", b"max_streamed_bytes", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_class", b"device_class", "held_digests", b"held_digests", "manifest_digest", b"manifest_digest", "max_streamed_bytes", b"max_streamed_bytes", "wait_seconds", b"wait_seconds"]) -> None: ...
 
 Global___PollTaskRequest: typing_extensions.TypeAlias = PollTaskRequest
 
