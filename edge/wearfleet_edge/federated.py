@@ -220,6 +220,7 @@ class FederatedWorker:
         plan = self._fetch_plan(task)
         _require_match(plan, installed)
         require_demands(self._device.demands, plan, uploads=not task.personalise)
+        self._require_first(task, plan)
         graphs = {p.graph: self._artifacts.fetch(p.graph, p.graph_bytes) for p in plan.phases}
         downloaded = self._download(task, plan)
         self._artifacts.keep_only({task.plan_digest, *graphs})
@@ -239,6 +240,21 @@ class FederatedWorker:
             return None
         self.progress.train_seconds += result.seconds
         return self._result(task, plan, before, result, was_reset=was_reset, installed=installed)
+
+    def _require_first(self, task: Task, plan: Plan) -> None:
+        """Noise that is drawn anew for a second update of a round would average out, and cost privacy again.
+
+        Raises:
+            DeniedError: this device made a noised update for that round, or a later one, before.
+        """
+        if (
+            not task.personalise
+            and plan.noised()
+            and task.round_number <= self._local.last_noised(task.run_id)
+        ):
+            raise DeniedError(
+                f"this device made its noised update for round {task.round_number} or a later one before"
+            )
 
     def _join(self, task: Task, plan: Plan) -> None:
         """Share keys with the others of a secure round; once a round, whatever the service says.
@@ -307,12 +323,14 @@ class FederatedWorker:
             personal, own = self._device.trainer.personalise(plan, result, installed, origin)
             metrics |= {"personal/correct": float(own.correct), "personal/count": float(own.count)}
         else:
+            if plan.noised():
+                self._local.note_noised(task.run_id, task.round_number)
             encoded, lost = self._encode(task, plan, before, result)
             update, owed, was_reset = encoded.data, encoded.residual.to_bytes(), was_reset or lost
             names = [spec.name for spec in plan.local_specs()]
             local = encode_tensors({name: result.state[name] for name in names}) if names else b""
         counted = not task.without_figures and not self._device.secure_only and not plan.upload.noise
-        told = counted and not plan.protects_windows()  # that says how many windows there are, but nothing of them
+        told = counted and not plan.protects_windows()  # their number is no secret, what they are is one
         submission = Submission(
             run_id=task.run_id,
             round_number=task.round_number,

@@ -75,6 +75,7 @@ class LocalState:
         self._runs = state.federated / "runs"
         self._residuals = state.federated / "residuals"
         self._joined = state.federated / "joined.json"
+        self._noised = state.federated / "noised.json"
         self.held = HeldTensors(state.federated / "held")
         for folder in (self._pending, self._runs, self._residuals):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ class LocalState:
         Raises:
             DataError: the file is damaged.
         """
-        return dict(self._joined_rounds()).get(run_id, 0)
+        return dict(_rounds(self._joined)).get(run_id, 0)
 
     def note_joined(self, run_id: str, round_number: int) -> None:
         """Remember that this device shares keys for a round, of the latest runs only.
@@ -93,16 +94,23 @@ class LocalState:
         Raises:
             DataError: the file is damaged.
         """
-        others = [row for row in self._joined_rounds() if row[0] != run_id]
-        write_json(self._joined, {"rounds": [*others, (run_id, round_number)][-_KEPT_JOINED:]})
+        _note(self._joined, run_id, round_number)
 
-    def _joined_rounds(self) -> list[tuple[str, int]]:
-        if not self._joined.exists():
-            return []
-        try:
-            return [(str(run_id), int(number)) for run_id, number in read_json(self._joined)["rounds"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{self._joined}: damaged ({error!r}); delete it") from error
+    def last_noised(self, run_id: str) -> int:
+        """The last round of a run for which this device made an update with noise of its own; 0 for none.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        return dict(_rounds(self._noised)).get(run_id, 0)
+
+    def note_noised(self, run_id: str, round_number: int) -> None:
+        """Remember that there is a noised update for a round, of the latest runs only.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        _note(self._noised, run_id, round_number)
 
     def local_tensors(self, run_id: str, specs: Iterable[TensorSpec]) -> tuple[Tensors, bool]:
         """Tensors kept from the last counted round of a run.
@@ -182,6 +190,20 @@ class LocalState:
     def _read(self, name: str) -> bytes:
         path = self._pending / name
         return path.read_bytes() if path.exists() else b""
+
+
+def _note(path: Path, run_id: str, round_number: int) -> None:
+    others = [row for row in _rounds(path) if row[0] != run_id]
+    write_json(path, {"rounds": [*others, (run_id, round_number)][-_KEPT_JOINED:]})
+
+
+def _rounds(path: Path) -> list[tuple[str, int]]:
+    if not path.exists():
+        return []
+    try:
+        return [(str(run_id), int(number)) for run_id, number in read_json(path)["rounds"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({error!r}); delete it") from error
 
 
 def _file_name(run_id: str) -> str:

@@ -218,6 +218,10 @@ class Plan:
         """Whether what it learns from single windows is noised: then no figure of them may be sent beside."""
         return any(phase.loop.sampling_rate for phase in self.phases)
 
+    def noised(self) -> bool:
+        """Whether an update has noise that the device draws."""
+        return self.protects_windows() or self.upload.noise > 0.0
+
     def update_format(self) -> UpdateFormat:
         """How an update becomes bytes, and back."""
         return UpdateFormat(self.upload_specs(), self.upload.codec, self.seed)
@@ -333,7 +337,9 @@ def _validate_sampling(phase: Phase, numbers: int) -> None:
             f"got {loop.sampling_rate}"
         )
     if secret and not (loop.max_steps >= 1 and loop.epochs == 1 and not loop.shuffle):
-        raise ProtocolError(f"phase {phase.name}: secret batches need max_steps and have no passes, got {loop}")
+        raise ProtocolError(
+            f"phase {phase.name}: secret batches need max_steps and have no passes, got {loop}"
+        )
     if secret and not 1 <= phase.noise <= numbers:
         raise ProtocolError(f"phase {phase.name}: noise must be 1 to {numbers} numbers, got {phase.noise}")
 

@@ -77,6 +77,21 @@ def test_a_submission_that_is_repeated_holds_the_same_noise(bench):
     assert bench.cloud.submissions[-1].update_digest == first.submission.update_digest
 
 
+def test_a_round_has_one_noised_update_however_often_it_is_asked_for(bench):
+    """A service that turns updates down to get others must not have several."""
+    tiny = plan(1.0)
+    bench.offer(tiny)
+    bench.worker.step()
+    bench.restart()
+    bench.offer(tiny)
+    bench.worker.step()
+    assert len(bench.cloud.submissions) == 1
+    assert "noised update" in bench.cloud.declined[-1][1]
+    bench.offer(tiny, round_number=2)
+    bench.worker.step()
+    assert len(bench.cloud.submissions) == 2
+
+
 def test_two_rounds_have_noise_of_their_own(bench):
     tiny = plan(1.0)
     updates = []
