@@ -33,7 +33,6 @@ CODECS = {
     "topk": UpdateCodec("topk", fraction=0.05),
     "randk": UpdateCodec("randk", fraction=0.05),
     "sign": UpdateCodec("sign"),
-    "powersgd": UpdateCodec("powersgd", rank=2),
 }
 
 

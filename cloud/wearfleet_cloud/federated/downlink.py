@@ -17,9 +17,8 @@ class Downlink:
 
     Args:
         downlink: ``whole`` tensors; their exact ``difference`` to what the device holds; or the codec of a lossy one:
-            ``fp16``, ``bf16``, ``int8``, ``int4``, ``topk``, ``randk``, ``sign``, ``powersgd``.
+            ``fp16``, ``bf16``, ``int8``, ``int4``, ``topk``, ``randk``, ``sign``.
         downlink_fraction: share of the numbers that topk and randk send.
-        downlink_rank: of powersgd.
         downlink_warmup_rounds: rounds in which topk comes down from a quarter of the numbers.
 
     Raises:
@@ -30,12 +29,16 @@ class Downlink:
 
     downlink: str = "whole"
     downlink_fraction: float = 0.01
-    downlink_rank: int = 2
     downlink_warmup_rounds: int = 5
 
     def __post_init__(self) -> None:
         if self.downlink == FLOAT32.name:
             raise ConfigError("downlink has no float32: take whole tensors, or their exact difference")
+        if self.downlink == "powersgd":
+            raise ConfigError(
+                "downlink has no powersgd: products of matrices do not have the same bits on every machine; take int8, "
+                "topk or sign"
+            )
         try:
             own = {_PREFIX + name for name in PARAMETERS[(self.codec or FLOAT32).name]}
         except ProtocolError as error:

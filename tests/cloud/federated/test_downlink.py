@@ -26,7 +26,6 @@ LOSSY: dict[str, dict[str, object]] = {
     "int8": {},
     "topk": {"downlink_fraction": 0.05, "downlink_warmup_rounds": 1},
     "sign": {},
-    "powersgd": {"downlink_rank": 2},
 }
 FAST = ("int8", "topk")
 
@@ -70,7 +69,8 @@ def test_a_plan_declares_the_downlink_of_its_options() -> None:
         ("fedavg", {"downlink": "zip"}, "or whole, or difference"),
         ("fedavg", {"downlink": "float32"}, "exact difference"),
         ("fedavg", {"downlink": "topk", "downlink_fraction": "1.5"}, "fraction"),
-        ("fedavg", {"downlink": "int8", "downlink_rank": "4"}, "int8 has no downlink_rank"),
+        ("fedavg", {"downlink": "int8", "downlink_fraction": "0.4"}, "int8 has no downlink_fraction"),
+        ("fedavg", {"downlink": "powersgd"}, "same bits"),
         ("fedavg", {"downlink_fraction": "0.1"}, "whole has no downlink_fraction"),
         ("fedap", {"downlink": "difference"}, "a model of its own"),
         ("fedhealth2", {"downlink": "int8", "reference": "none"}, "a model of its own"),
