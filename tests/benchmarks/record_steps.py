@@ -1,9 +1,9 @@
 """Time of a local round of a device with and without noised steps (dp=record), a step of 32 windows, on one thread.
 
 Run: ``OMP_NUM_THREADS=1 python tests/benchmarks/record_steps.py`` from the repository root. Plans run on the agent's
-own engine, for windows of HAPT's shape with random numbers in them; batches are full (rate 1 of 32 windows), so both do the
-same number of windows. What a round costs apart from its steps is measured by rounds of one step and taken off. Rounds
-alternate between the two; a figure is the median of ten differences.
+own engine, for windows of HAPT's shape with random numbers in them; batches are full (rate 1 of 32 windows), so both
+do the same number of windows. What a round costs apart from its steps is measured by rounds of one step and taken
+off. Rounds alternate between the two; a figure is the median of ten differences.
 """
 
 import sys
