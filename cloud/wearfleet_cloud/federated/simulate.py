@@ -204,9 +204,7 @@ def simulate(
     modes = {"personal@clients": _mode([_counts(r) for r in ended])}
     modes |= _common_modes(model, tensors, population)
     if simulation.finetune_epochs:
-        tuned = FedAvg(
-            replace(strategy.local, epochs=simulation.finetune_epochs, max_steps=0, record=None)
-        )
+        tuned = FedAvg(replace(strategy.local, epochs=simulation.finetune_epochs, max_steps=0, record=None))
         everyone = population.clients
         results = runner_of(tuned).run(last, everyone, [tensors] * len(everyone), {})
         modes[f"finetuned({simulation.finetune_epochs})"] = _mode([_counts(r) for r in results])
