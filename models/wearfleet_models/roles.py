@@ -16,10 +16,10 @@ __all__ = ["tensor_roles", "tensor_specs"]
 def tensor_roles(module: nn.Module) -> dict[str, TensorRole]:
     """The role of every parameter and buffer of a model.
 
-    Standardise is FROZEN, and so is what a classifier's specification says is frozen; factors of low-rank additions are
-    LORA_A and LORA_B; weights and biases of BatchNorm
-    and LayerNorm are NORM_AFFINE, running statistics NORM_STAT, their counter COUNTER; everything in a classifier's
-    head and behind it is HEAD; the code of an InputSurgery is CLIENT_EMB, its decoder AUX; the rest is SHARED.
+    Standardise is FROZEN, and so is what a classifier's specification says is frozen, but for counters; factors of
+    low-rank additions are LORA_A and LORA_B; weights and biases of BatchNorm and LayerNorm are NORM_AFFINE, running
+    statistics NORM_STAT, their counter COUNTER; everything in a classifier's head and behind it is HEAD; the code of an
+    InputSurgery is CLIENT_EMB, its decoder AUX; the rest is SHARED.
 
     Args:
         module: any model of ours.
@@ -50,7 +50,7 @@ def tensor_roles(module: nn.Module) -> dict[str, TensorRole]:
             factor = _factor(owner, tensor)
             if factor is not None:
                 roles[full_name] = factor
-            elif id(owner) in frozen:
+            elif id(owner) in frozen and _role(owner, tensor, name) != TensorRole.COUNTER:
                 roles[full_name] = TensorRole.FROZEN
             elif id(owner) in decoders:
                 roles[full_name] = TensorRole.AUX

@@ -71,7 +71,7 @@ def test_only_the_adapter_is_trained_and_sent() -> None:
     assert changed == adapter
     roles = tensor_roles(network)
     assert {n for n, role in roles.items() if role == TensorRole.SHARED} == adapter
-    assert {roles[n] for n in roles if n not in adapter} == {TensorRole.FROZEN}
+    assert {roles[n] for n in roles if n not in adapter} == {TensorRole.FROZEN, TensorRole.COUNTER}
 
 
 def test_the_gradient_is_that_of_the_loss_by_finite_differences() -> None:

@@ -60,10 +60,9 @@ def test_a_round_of_the_plan_is_a_round_of_the_reference(name: str, backbone: st
     generator = np.random.default_rng(5)
     downloaded = {s.name: generator.normal(0, 0.01, s.shape).astype(s.dtype) for s in plan.download_specs()}
     downloaded |= arrays(network)
-    if name == "metafed-site":
-        downloaded["trains"] = np.ones_like(
-            downloaded["trains"]
-        )  # the rounds of a turn in which devices train
+    downloaded |= {f"teacher/{n}": a for n, a in arrays(network).items() if f"teacher/{n}" in downloaded}
+    if name == "metafed-site":  # the rounds of a turn in which devices train
+        downloaded["trains"] = np.ones_like(downloaded["trains"])
     persisted = {n: a + np.asarray(0.25, a.dtype) for n, a in downloaded.items() if "norm1" in n}
     expected = run_client(strategy, network, downloaded, persisted, splits(1), seed=SEED, round_number=ROUND)
     state, update, metrics = run_plan(plan, graphs, downloaded, persisted, splits(1), round_number=ROUND)
