@@ -8,6 +8,7 @@ import sqlite3
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
+    from wearfleet_protos.plan import InputContract
+    from wearfleet_protos.recording import Recording
 
 PEOPLE = ("anna", "ben", "chloe", "dmitri")
 
@@ -46,29 +49,25 @@ class Kit:
 
 def make_kit(folder: Path, *, epochs: int, strategy: str = "fedbn", **options: object) -> Kit:
     """Train a classifier for a second, export it, compile a strategy for it, and simulate four people for a minute."""
-    dataset = dataset_named("simulator")
-    contract = contract_of(dataset)
-    people = list(Simulation(persons=6, sessions=1, bouts=1, bout_s=8.0, seed=3).read(None, lambda *_: None))
-    spec = WindowSpec(contract.window, contract.stride, contract.rate_hz)
-    seen = [cut_labelled(person, spec).labelled() for person in people[4:]]
-    x, y = np.concatenate([part.x for part in seen]), np.concatenate([part.y for part in seen])
-    model = build_classifier(ModelSpec("cnn", 6, contract.window, len(contract.labels)), seed=1)
-    _train(model, x, y)
-    info = ReleaseInfo("small", 1, "hasty", "Apache-2.0", simulated=True, created_ns=1)
-    release = export_classifier(model, contract, info, x=x, y=y, x_validation=x, method="energy")
-    write_release(folder / "small.onnx", release.data, release.manifest)
+    model = hasty_model("cnn")
     training = {"epochs": epochs, "batch_size": 8, "learning_rate": 0.01}
     chosen = create_strategy(strategy, {**training, **options})
-    plan, graphs = build_plan(chosen, model, contract, plan_id="small", seed=2)
+    plan, graphs = build_plan(chosen, model, simulated_contract(), plan_id="small", seed=2)
     save_plan(folder / "plan", plan, graphs)
-    recordings = {name: folder / f"{name}.npz" for name in PEOPLE}
-    for path, person in zip(recordings.values(), people, strict=False):
-        save_recordings(path, [person], dataset.label_names)
-    return Kit(folder / "small.onnx", folder / "plan", recordings)
+    return Kit(write_model(folder / "small.onnx", model), folder / "plan", record_people(folder))
 
 
-def _train(model: Classifier, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
-    """Thirty steps of Adam on all windows: enough to tell walking from lying."""
+def simulated_contract() -> InputContract:
+    """The windows of the simulator."""
+    return contract_of(dataset_named("simulator"))
+
+
+def hasty_model(backbone: str, **sizes: int) -> Classifier:
+    """A classifier after thirty steps of Adam on two people without a device: enough to tell walking from lying."""
+    x, y = _seen_windows()
+    contract = simulated_contract()
+    spec = ModelSpec(backbone, 6, contract.window, len(contract.labels), **sizes)
+    model = build_classifier(spec, seed=1)
     model.standardise.mean.copy_(torch.from_numpy(x.mean(axis=(0, 2))))
     model.standardise.std.copy_(torch.from_numpy(x.std(axis=(0, 2))))
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
@@ -76,7 +75,39 @@ def _train(model: Classifier, x: NDArray[np.float32], y: NDArray[np.int64]) -> N
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(model(torch.from_numpy(x)), torch.from_numpy(y)).backward()
         optimiser.step()
-    model.eval()
+    return model.eval()
+
+
+def write_model(file: Path, model: Classifier, version: int = 1) -> Path:
+    """Export a model to be published, its manifest beside it."""
+    x, y = _seen_windows()
+    info = ReleaseInfo("small", version, "hasty", "Apache-2.0", simulated=True, created_ns=1)
+    release = export_classifier(model, simulated_contract(), info, x=x, y=y, x_validation=x, method="energy")
+    write_release(file, release.data, release.manifest)
+    return file
+
+
+def record_people(folder: Path) -> dict[str, Path]:
+    """A recording file of each person who has a device."""
+    files = {name: folder / f"{name}.npz" for name in PEOPLE}
+    for file, person in zip(files.values(), _people(), strict=False):
+        save_recordings(file, [person], dataset_named("simulator").label_names)
+    return files
+
+
+@cache
+def _people() -> list[Recording]:
+    """Six people, a minute each: those with devices, then two that no device ever sees."""
+    simulation = Simulation(persons=len(PEOPLE) + 2, sessions=1, bouts=1, bout_s=8.0, seed=3)
+    return list(simulation.read(None, lambda *_: None))
+
+
+def _seen_windows() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Windows and classes of the two people without a device."""
+    contract = simulated_contract()
+    spec = WindowSpec(contract.window, contract.stride, contract.rate_hz)
+    seen = [cut_labelled(person, spec).labelled() for person in _people()[len(PEOPLE) :]]
+    return np.concatenate([part.x for part in seen]), np.concatenate([part.y for part in seen])
 
 
 class Fleet:
