@@ -192,7 +192,7 @@ class FederatedWorker:
             return reply.retry_after_s
         if reply.task.attempt_id == self._refused_attempt:
             return max(reply.retry_after_s, _AFTER_REFUSAL_SECONDS)
-        self._work(reply.task, installed)
+        self._work(reply.task, self._active.installed or installed)  # a new model may have come meanwhile
         return 0.0
 
     def _work(self, task: Task, installed: InstalledModel) -> None:

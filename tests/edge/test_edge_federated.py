@@ -150,6 +150,22 @@ def test_a_plan_this_device_cannot_run_is_declined_with_its_reason(bench, case):
     assert bench.local.pending() is None
 
 
+def test_a_model_that_comes_while_the_device_waits_for_a_task_is_the_one_that_learns(bench, monkeypatch):
+    bench.offer()
+    new, poll = bench.active.installed, bench.cloud.poll_task
+    other = make_plan().plan.tensors[:1]
+    bench.active._installed = replace(new, manifest=replace(new.manifest, tensors=other))
+
+    def poll_while_the_model_comes(*given):
+        bench.active.use(new, None)
+        return poll(*given)
+
+    monkeypatch.setattr(bench.cloud, "poll_task", poll_while_the_model_comes)
+    bench.worker.step()
+    assert bench.cloud.declined == []
+    assert len(bench.cloud.submissions) == 1
+
+
 def test_a_plan_signed_by_another_key_is_declined(bench):
     bench.offer(signer=Signer())
     bench.worker.step()
