@@ -3,18 +3,24 @@
 Run, from the repository root, with ``WEARFLEET_DATA_ROOT`` set:
 ``python tests/benchmarks/federated_table.py run docs/results/federated`` (``--part NAME`` for one of its tables:
 people, label-skew, unseen, dsads, usc-had) makes ``wearfleet-cloud simulate`` once a row; a run that is in ``runs.csv``
-is not made again. ``python tests/benchmarks/federated_table.py table docs/results/federated`` prints the tables.
+is not made again. ``python tests/benchmarks/federated_table.py table docs/results/federated`` prints the tables, and
+``… splits docs/results/federated`` writes the hash of every split into ``splits.csv`` (``simulate`` says it too).
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+
+from wearfleet_cloud.data import dataset_named
+from wearfleet_cloud.data.prepared import default_cache_dir, prepare
+from wearfleet_cloud.federated.simulated_clients import SimulatedClient, label_skew, people, split_hash
 
 SEEDS = (0, 1, 2)
 COMMON = (
@@ -175,6 +181,37 @@ def _label(row: dict[str, str]) -> str:
     return row["strategy"] + own + (f", {started}" if started else "")
 
 
+def splits(folder: Path) -> None:
+    """One row a split: what is needed to make it, and its hash."""
+    made = []
+    for name in ("hapt", "dsads", "usc-had"):
+        data = prepare(dataset_named(name), Path(os.environ["WEARFLEET_DATA_ROOT"]), default_cache_dir())
+        made.append(_split_row(name, "people", "", people(data)))
+        for alpha in (0.1, 0.01):
+            for seed in SEEDS:
+                clients = label_skew(data.windows.x, data.windows.activity, 20, alpha, seed)
+                made.append(_split_row(name, f"label-skew({alpha})", str(seed), clients))
+    with (folder / "splits.csv").open("w", encoding="utf-8", newline="") as lines:
+        writer = csv.DictWriter(lines, list(made[0]))
+        writer.writeheader()
+        writer.writerows(made)
+
+
+def _split_row(dataset: str, split: str, seed: str, clients: tuple[SimulatedClient, ...]) -> dict[str, str]:
+    learned, held = (
+        sum(len(p) for p in part) for part in zip(*((c.train, c.holdout) for c in clients), strict=True)
+    )
+    return {
+        "dataset": dataset,
+        "split": split,
+        "seed": seed,
+        "clients": str(len(clients)),
+        "train windows": str(learned),
+        "holdout windows": str(held),
+        "split_hash": split_hash(clients),
+    }
+
+
 _SHOWN = (("personal@clients", "mean"), ("personal@clients", "worst"), ("global@clients", "mean"))
 
 
@@ -191,6 +228,8 @@ if __name__ == "__main__":
     what, where = sys.argv[1], Path(sys.argv[2])
     if what == "table":
         table(where)
+    elif what == "splits":
+        splits(where)
     else:
         for chosen in [sys.argv[4]] if len(sys.argv) > 4 else list(PARTS):
             run(chosen, where)
