@@ -1,7 +1,8 @@
 """SCAFFOLD: control variates take out of every local step what is peculiar to the client.
 
 Source: Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1, option II.
-Differs: statistics of normalisation have no control and are pooled; a client whose control is lost begins again at 0;
+Differs: statistics of normalisation have no control and are pooled; a client whose control is lost begins again at 0,
+one that was away for long at c (specs/federated.md section 11);
 N is the number of clients of the first aggregation, or more when more take part later (c is then rescaled), unless the
 operator says it.
 """
@@ -42,6 +43,10 @@ _OWN: Final = "own_control/"
 _CHANGE: Final = "control_change/"
 """c_i after the round less c_i before it: uploaded."""
 _STEPS: Final = "steps"
+_ROUNDS: Final = "aggregations"
+"""How many there were before this round: global."""
+_SEEN: Final = "seen"
+"""How many there were with the client's last one: stays on the device, 0 at first."""
 _POPULATION: Final = "population"
 
 
@@ -52,6 +57,8 @@ class Scaffold(AveragingStrategy):
     Args:
         server_learning_rate: factor of the mean difference, above 0.
         clients: N, all clients of the run; 0 for those of the first aggregation.
+        control_rounds: a client that missed more aggregations than this begins with c_i = c, because its own control is
+            about a model that is long gone; >= 1.
         local: training of a client: plain SGD, whose learning rate must not change in the run.
         averaging: the paper weighs clients equally.
 
@@ -63,17 +70,19 @@ class Scaffold(AveragingStrategy):
         name="scaffold",
         paper="Karimireddy et al. 2020, arXiv:1910.06378",
         uploaded=(*LEARNED_ROLES, TensorRole.AUX),
-        phases=("evaluate_before", "train", "update_control", "evaluate_after"),
+        phases=("evaluate_before", "drop_old_control", "train", "update_control", "evaluate_after"),
         composes_with=tuple(a for a in ADDITIONS if a not in ("robust", "async")),
         hyper_parameters={
             "server_learning_rate": "factor of the mean difference, above 0",
             "clients": "all clients of the run; 0 for as many as the first aggregation has",
+            "control_rounds": "who missed more aggregations than this drops its control for the server's, >= 1",
         },
         kept_beside=("a control variate",),
         uploaded_groups=(TensorGroup.PARAM, TensorGroup.BUFFER, TensorGroup.AUX),
     )
     server_learning_rate: float = 1.0
     clients: int = 0
+    control_rounds: int = 50
     local: LocalTraining = field(default_factory=LocalTraining)
     averaging: Averaging = field(default_factory=lambda: Averaging("uniform"))
 
@@ -81,6 +90,8 @@ class Scaffold(AveragingStrategy):
         check_positive("SCAFFOLD", server_learning_rate=self.server_learning_rate)
         if self.clients < 0:
             raise ConfigError(f"clients of SCAFFOLD must be at least 0, got {self.clients}")
+        if self.control_rounds < 1:
+            raise ConfigError(f"control_rounds of SCAFFOLD must be at least 1, got {self.control_rounds}")
         if self.local.optimiser != "sgd" or self.local.momentum or self.local.weight_decay:
             raise ConfigError(
                 "SCAFFOLD needs plain SGD: with momentum, weight decay or Adam (x - y) / (K rate) is no mean gradient "
@@ -103,7 +114,8 @@ class Scaffold(AveragingStrategy):
         step = train.step
         counted = replace(train, step=lambda given: {**step(given), _STEPS: given[_STEPS] + 1.0})
         specs = (*model_specs(model), *slots, *anchors, *controls)
-        return measured(model, self.local, specs, (counted, self._update_control(names)))
+        phases = (self._drop_old_control(names), counted, self._update_control(names))
+        return measured(model, self.local, specs, phases)
 
     def server(
         self,
@@ -114,7 +126,7 @@ class Scaffold(AveragingStrategy):
     ) -> Averaged:
         """Fold with x <- x + rate mean Delta_i and c <- c + (m / N) mean (change of c_i), m clients of N.
 
-        The global tensors hold c; the state holds N.
+        The global tensors hold c and the number of aggregations; the state holds N.
 
         Raises:
             AggregationError: as ``Averaging.combine``, or more clients than the operator said.
@@ -129,6 +141,7 @@ class Scaffold(AveragingStrategy):
                 name, control = spec.copy_of, _CONTROL + spec.copy_of
                 tensors[name] = _moved(current[name], 1.0, self.server_learning_rate * mean.values[name])
                 tensors[control] = _moved(current[control], kept, share * mean.values[_CHANGE + name])
+        tensors[_ROUNDS] = np.asarray(current[_ROUNDS] + np.float32(1.0))
         return Averaged(tensors, mean, {_POPULATION: np.asarray(population, np.int64)})
 
     def _population(self, state: Arrays, clients: int) -> tuple[int, int]:
@@ -142,11 +155,23 @@ class Scaffold(AveragingStrategy):
         before = int(state.get(_POPULATION, np.int64(clients)))
         return before, max(before, clients)
 
+    def _drop_old_control(self, names: Sequence[str]) -> "ClientPhase":
+        import torch  # noqa: PLC0415  see FedAvg
+
+        from wearfleet_cloud.federated.client_program import ClientPhase  # noqa: PLC0415  see FedAvg
+
+        def step(given: "Tensors") -> "Tensors":
+            missed = given[_ROUNDS] - given[_SEEN]
+            old = (given[_SEEN] > 0.5) & (missed > self.control_rounds)
+            return {_OWN + n: torch.where(old, given[_CONTROL + n], given[_OWN + n]) for n in names}
+
+        return ClientPhase("drop_old_control", step, self._once(), ())
+
     def _update_control(self, names: Sequence[str]) -> "ClientPhase":
         from wearfleet_cloud.federated.client_program import ClientPhase  # noqa: PLC0415  see FedAvg
 
         def step(given: "Tensors") -> "Tensors":
-            results: Tensors = {}
+            results: Tensors = {_SEEN: given[_ROUNDS] + 1.0}
             scale = 1.0 / (given[_STEPS] * given["learning_rate"])
             for name in names:
                 moved_by = (given["anchor/" + name] - given[name]) * scale
@@ -154,8 +179,11 @@ class Scaffold(AveragingStrategy):
                 results |= {_CHANGE + name: change, _OWN + name: given[_OWN + name] + change}
             return results
 
-        once = Loop("train", self.local.batch_size, 1, 1, shuffle=False)
-        return ClientPhase("update_control", step, once, (("learning_rate", self.local.learning_rate),))
+        rate = ("learning_rate", self.local.learning_rate)
+        return ClientPhase("update_control", step, self._once(), (rate,))
+
+    def _once(self) -> Loop:
+        return Loop("train", self.local.batch_size, 1, 1, shuffle=False)
 
 
 def _corrected(grads: "Tensors", params: "Tensors", given: "Tensors") -> "Tensors":  # noqa: ARG001 - of a rule
@@ -164,10 +192,10 @@ def _corrected(grads: "Tensors", params: "Tensors", given: "Tensors") -> "Tensor
 
 
 def _control_specs(anchors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """For each parameter c, the change of c_i, and c_i; and the number of steps."""
-    specs: list[TensorSpec] = [
-        TensorSpec(_STEPS, "float32", (), TensorRole.AUX, TensorGroup.OPTIMISER, "zeros")
-    ]
+    """For each parameter c, the change of c_i, and c_i; and the numbers of steps and aggregations."""
+    steps = TensorSpec(_STEPS, "float32", (), TensorRole.AUX, TensorGroup.OPTIMISER, "zeros")
+    rounds = replace(steps, name=_ROUNDS, group=TensorGroup.ANCHOR, origin="global")
+    specs: list[TensorSpec] = [steps, rounds, replace(rounds, name=_SEEN, origin="local", copy_of=_STEPS)]
     for anchor in anchors:
         name = anchor.copy_of
         made: Mapping[str, TensorSpec] = {

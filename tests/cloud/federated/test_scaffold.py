@@ -118,6 +118,29 @@ def test_a_lost_update_leaves_the_clients_control_and_the_servers_sum_as_they_we
         )
 
 
+def test_who_was_away_for_long_begins_with_the_servers_control() -> None:
+    strict, patient = (
+        Federation(Scaffold(clients=3, local=LOCAL, **options), model("cnn"), CLIENTS)
+        for options in ({"control_rounds": 1}, {})
+    )
+    for federation in (strict, patient):
+        federation.round()
+        federation.round(["anna", "cleo"])
+    kept, same = strict.client("ben")[1], patient.client("ben")[1]
+    for name, array in kept.items():  # one aggregation missed is not more than one
+        np.testing.assert_array_equal(array, same[name], err_msg=name)
+    for federation in (strict, patient):
+        federation.round(["anna", "cleo"])
+    dropped, other = strict.client("ben")[1], patient.client("ben")[1]
+    assert not np.array_equal(dropped["head.weight"], other["head.weight"])
+    patient.local["ben"] = dict(patient.local["ben"]) | {
+        f"own_control/{n}": patient.tensors[f"control/{n}"] for n in PARAMETERS
+    }
+    wanted = patient.client("ben")[1]
+    for name, array in dropped.items():
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+
+
 def updates_of(federation: Federation) -> list[Contribution]:
     results = {name: federation.client(name) for name in CLIENTS}
     return [Contribution(n, r.num_examples, lambda u=u: u) for n, (r, u) in results.items()]
@@ -156,6 +179,7 @@ def test_more_clients_than_there_are_is_refused() -> None:
         {"optimiser": "adam"},
         {"weight_decay": 0.1},
         {"clients": -1},
+        {"control_rounds": 0},
         {"server_learning_rate": 0},
     ],
 )
