@@ -73,6 +73,9 @@ class VirtualRun:
         latency: of the clients.
         seed: of the cohorts.
         lease_s: a client that is lost is given up so long after it got its task.
+
+    Raises:
+        ConfigError: a buffer would wait for ever, because every client is lost after each of its tasks.
     """
 
     examples: Mapping[str, int]
@@ -87,6 +90,13 @@ class VirtualRun:
     _coming: list[tuple[float, str, int, bool]] = field(default_factory=list)
     _tasks: dict[str, int] = field(default_factory=dict)
     _working: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        times = [self.latency.recorded.get(client, (0.0,)) for client in self.examples]
+        if self.policy.buffered and all(math.isinf(seconds) for own in times for seconds in own):
+            raise ConfigError(
+                "by the recorded times no client ever answers; give seconds for a task of at least one"
+            )
 
     def play(self, clients: tuple[str, ...] | None = None) -> VirtualRound:
         """The next round.

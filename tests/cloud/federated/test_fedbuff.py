@@ -202,6 +202,12 @@ def test_a_synchronous_round_takes_the_first_ones_of_an_over_selected_cohort_and
     assert play(RoundPolicy(), Latency(recorded=nobody)) == (0, 100.0, False)
 
 
+def test_a_buffer_that_nobody_would_ever_fill_is_refused() -> None:
+    nobody = Latency(recorded=dict.fromkeys(SIZES, (math.inf, math.inf)))
+    with pytest.raises(ConfigError, match="no client ever answers"):
+        played(FedBuff(buffer_size=2, concurrency=3), latency=nobody)
+
+
 def test_recorded_times_are_used_in_turn_and_bad_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "times.csv"
     file.write_text("client,seconds\nanna,2.5\nanna,\nben,1\n")
