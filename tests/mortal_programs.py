@@ -61,14 +61,14 @@ class Fate:
 
 def edge(program: str, points: tuple[str, ...], skew: float) -> None:
     """The agent; points: ``fetched``, ``training``, ``uploading``, ``submitted``."""
-    from wearfleet_edge import agent, cli, federated, process  # noqa: F401 - the agent imports all that it is made of
+    from wearfleet_edge import agent, cli, own_windows, process  # noqa: F401 - the agent imports all that it is made of
     from wearfleet_edge.transport import rpc, work_stream
 
     fate, clock = Fate(program, points), _Clock(skew)
     for name, module in tuple(sys.modules.items()):
         if name.startswith("wearfleet_edge.") and getattr(module, "time", None) is time:
             module.time = clock  # type: ignore[attr-defined]
-    poll, run, chunks = rpc.RpcCloud.poll_task, federated.run_plan, work_stream.update_messages
+    poll, run, chunks = rpc.RpcCloud.poll_task, own_windows.run_plan, work_stream.update_messages
 
     def polled(self: Any, *args: Any) -> Any:
         reply = poll(self, *args)
@@ -96,7 +96,7 @@ def edge(program: str, points: tuple[str, ...], skew: float) -> None:
     process.become_agent = become  # type: ignore[assignment]
     rpc.RpcCloud.poll_task = polled  # type: ignore[method-assign]
     rpc.RpcCloud._submit = fate.after(rpc.RpcCloud._submit, "submitted")  # type: ignore[method-assign]
-    federated.run_plan = trained  # type: ignore[assignment]
+    own_windows.run_plan = trained  # type: ignore[assignment]
     work_stream.CHUNK_BYTES = _SMALL_CHUNK  # type: ignore[misc]
     work_stream.update_messages = rpc.update_messages = sent  # type: ignore[assignment]
     cli.main()
