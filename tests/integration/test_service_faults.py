@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import time
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
 import pytest
+from bad_places import SmallDisk, slow_link
 from service_harness import (
     begin_run,
     enrolled_device,
@@ -23,9 +21,6 @@ from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.storage.run_records import list_rounds, list_submissions
 from wearfleet_protos.tensors import digest_of, encode_tensors
 from wearfleet_protos.v1 import federation_pb2
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.broker
 
@@ -47,26 +42,6 @@ def rounds_of(settings, run_id: str) -> list[tuple[str, int]]:
         ]
     state.database.close()
     return rounds
-
-
-class SmallDisk:
-    """A file system of its own below a folder; needs the rights to mount one."""
-
-    def __init__(self, folder: Path, kilobytes: int) -> None:
-        folder.mkdir(parents=True)
-        self._folder = folder
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-        if subprocess.run(command, check=False, capture_output=True).returncode != 0:
-            pytest.skip("needs the rights to mount a small file system")
-
-    def enlarge(self, kilobytes: int) -> None:
-        self._run("mount", "-o", f"remount,size={kilobytes}k", str(self._folder))
-
-    def close(self) -> None:
-        self._run("umount", "-l", str(self._folder))
-
-    def _run(self, *command: str) -> None:
-        subprocess.run(command, check=True, capture_output=True)
 
 
 async def test_a_full_disk_skips_the_round_and_the_next_one_goes_on_when_there_is_room(tmp_path):
@@ -124,29 +99,6 @@ async def test_an_upload_that_a_full_disk_cut_goes_on_where_it_stopped(tmp_path)
             await anna.close()
     finally:
         disk.close()
-
-
-@asynccontextmanager
-async def slow_link(address: str, bytes_per_s: float):
-    """A TCP proxy that lets so many bytes a second through in each direction; its address."""
-    host, _, port = address.rpartition(":")
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(16_384):
-            await asyncio.sleep(len(data) / bytes_per_s)
-            writer.write(data)
-            await writer.drain()
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection(host, int(port))
-        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer), return_exceptions=True)
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
 
 
 async def test_a_device_on_a_slow_link_is_waited_for_and_holds_up_nobody_else(tmp_path):
