@@ -141,7 +141,7 @@ class Scaffold(AveragingStrategy):
                 name, control = spec.copy_of, _CONTROL + spec.copy_of
                 tensors[name] = _moved(current[name], 1.0, self.server_learning_rate * mean.values[name])
                 tensors[control] = _moved(current[control], kept, share * mean.values[_CHANGE + name])
-        tensors[_ROUNDS] = np.asarray(current[_ROUNDS] + np.float32(1.0))
+        tensors[_ROUNDS] = np.asarray(float(current[_ROUNDS]) + 1.0, np.float32)
         return Averaged(tensors, mean, {_POPULATION: np.asarray(population, np.int64)})
 
     def _population(self, state: Arrays, clients: int) -> tuple[int, int]:
