@@ -442,6 +442,18 @@ def begin_run(
     downlink: UpdateCodec | None = None,
     options: Mapping[str, object] | None = None,
 ) -> str:
+    """Start an echo run."""
+    run = RunSettings(
+        rounds=rounds,
+        cohort=CohortPolicy(0, min_clients),
+        policy=RoundPolicy(quorum=quorum, deadline_s=deadline_s),
+        options={**codec_options(codec), **(options or {})},
+        personalise=personalise,
+    )
+    return begin_plan(settings, echo_plan(shapes, codec, downlink), run)
+
+
+def begin_plan(settings: Settings, plan: Plan, run: RunSettings) -> str:
     """Start a run of zeros the way the command line does."""
     state = open_state(settings)
     try:
@@ -449,16 +461,10 @@ def begin_run(
             state.database,
             state.blobs,
             state.keys,
-            plan=echo_plan(shapes, codec, downlink),
+            plan=plan,
             graphs={digest_of(GRAPH): GRAPH},
-            tensors={name: np.zeros(shape, np.float32) for name, shape in shapes.items()},
-            settings=RunSettings(
-                rounds=rounds,
-                cohort=CohortPolicy(0, min_clients),
-                policy=RoundPolicy(quorum=quorum, deadline_s=deadline_s),
-                options={**codec_options(codec), **(options or {})},
-                personalise=personalise,
-            ),
+            tensors={spec.name: np.zeros(spec.shape, spec.dtype) for spec in plan.download_specs()},
+            settings=run,
             now_ns=time.time_ns(),
         )
     finally:

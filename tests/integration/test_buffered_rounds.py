@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from service_harness import (
-    GRAPH,
+    begin_plan,
     echo_plan,
     enrolled_device,
     fixed_ports,
@@ -22,7 +21,6 @@ from service_harness import (
 from wearfleet_cloud.federated.cohort import CohortPolicy
 from wearfleet_cloud.federated.round import Round, RoundPolicy
 from wearfleet_cloud.service.run_context import RunSettings
-from wearfleet_cloud.service.run_setup import start_run
 from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.storage.run_records import list_rounds, list_submissions
 from wearfleet_protos.errors import ConfigError
@@ -37,26 +35,14 @@ ACCEPTED = federation_pb2.RECEIPT_STATUS_ACCEPTED
 
 
 def begin(settings, rounds: int = 4, cohort: int = 0, **options: object) -> str:
-    state = open_state(settings)
-    try:
-        return start_run(
-            state.database,
-            state.blobs,
-            state.keys,
-            plan=PLAN,
-            graphs={digest_of(GRAPH): GRAPH},
-            tensors={name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()},
-            settings=RunSettings(
-                rounds,
-                CohortPolicy(cohort, 3),
-                RoundPolicy(deadline_s=60.0),
-                {"buffer_size": 2, "concurrency": 3, **options},
-                personalise=False,
-            ),
-            now_ns=time.time_ns(),
-        )
-    finally:
-        state.database.close()
+    run = RunSettings(
+        rounds,
+        CohortPolicy(cohort, 3),
+        RoundPolicy(deadline_s=60.0),
+        {"buffer_size": 2, "concurrency": 3, **options},
+        personalise=False,
+    )
+    return begin_plan(settings, PLAN, run)
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from service_harness import (
-    GRAPH,
+    begin_plan,
     echo_plan,
     enrolled_device,
     fixed_ports,
@@ -22,7 +21,6 @@ from wearfleet_cloud.federated.aggregate import Contribution
 from wearfleet_cloud.federated.cohort import CohortPolicy
 from wearfleet_cloud.federated.round import RoundPolicy
 from wearfleet_cloud.service.run_context import RunSettings
-from wearfleet_cloud.service.run_setup import start_run
 from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.storage.run_records import find_run, list_rounds
 from wearfleet_protos.tensors import (
@@ -59,21 +57,8 @@ ROUNDS = 3
 
 
 def begin(settings) -> str:
-    state = open_state(settings)
-    policy = RoundPolicy(quorum=3)
-    try:
-        return start_run(
-            state.database,
-            state.blobs,
-            state.keys,
-            plan=PLAN,
-            graphs={digest_of(GRAPH): GRAPH},
-            tensors={s.name: np.zeros(s.shape, s.dtype) for s in PLAN.download_specs()},
-            settings=RunSettings(ROUNDS, CohortPolicy(0, 3), policy, OPTIONS, personalise=True),
-            now_ns=time.time_ns(),
-        )
-    finally:
-        state.database.close()
+    run = RunSettings(ROUNDS, CohortPolicy(0, 3), RoundPolicy(quorum=3), OPTIONS, personalise=True)
+    return begin_plan(settings, PLAN, run)
 
 
 def update_of(number: int, who: int) -> dict[str, np.ndarray]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import typer
 from service_harness import (
-    GRAPH,
+    begin_plan,
     echo_plan,
     enrolled_device,
     fixed_ports,
@@ -28,7 +27,6 @@ from wearfleet_cloud.federated.privacy.accounting import Spend, epsilon_of
 from wearfleet_cloud.federated.privacy.options import RECORD_CLIP, RECORD_SIGMA
 from wearfleet_cloud.federated.round import Round, RoundPolicy
 from wearfleet_cloud.service.run_context import RunSettings
-from wearfleet_cloud.service.run_setup import start_run
 from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.storage.run_records import list_rounds
 from wearfleet_cloud.storage.tables import privacy_spends
@@ -71,20 +69,8 @@ NOISED = replace(
 
 
 def begin(settings, plan=PLAN, options=OPTIONS) -> str:
-    state = open_state(settings)
-    try:
-        return start_run(
-            state.database,
-            state.blobs,
-            state.keys,
-            plan=plan,
-            graphs={digest_of(GRAPH): GRAPH},
-            tensors={name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()},
-            settings=RunSettings(9, CohortPolicy(0, 2), RoundPolicy(quorum=2), options, personalise=False),
-            now_ns=time.time_ns(),
-        )
-    finally:
-        state.database.close()
+    run = RunSettings(9, CohortPolicy(0, 2), RoundPolicy(quorum=2), options, personalise=False)
+    return begin_plan(settings, plan, run)
 
 
 def stored(settings, run_id) -> tuple[list[Round], set[tuple[int, str]]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 from service_harness import (
-    GRAPH,
+    begin_plan,
     echo_plan,
     enrolled_device,
     fixed_ports,
@@ -24,10 +23,9 @@ from wearfleet_cloud.federated.aggregate import Contribution
 from wearfleet_cloud.federated.cohort import CohortPolicy
 from wearfleet_cloud.federated.round import Round, RoundPolicy
 from wearfleet_cloud.service.run_context import RunSettings
-from wearfleet_cloud.service.run_setup import start_run
 from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.storage.run_records import list_rounds
-from wearfleet_protos.tensors import Digest, decode_tensors, digest_of, encode_tensors
+from wearfleet_protos.tensors import Digest, decode_tensors, encode_tensors
 
 pytestmark = pytest.mark.broker
 
@@ -37,21 +35,8 @@ PLAN = replace(echo_plan(SHAPES), strategy="fedadam", plan_id="fedadam-echo")
 
 
 def begin(settings) -> str:
-    state = open_state(settings)
-    run_settings = RunSettings(4, CohortPolicy(0, 2), RoundPolicy(quorum=2), OPTIONS, personalise=False)
-    try:
-        return start_run(
-            state.database,
-            state.blobs,
-            state.keys,
-            plan=PLAN,
-            graphs={digest_of(GRAPH): GRAPH},
-            tensors={name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()},
-            settings=run_settings,
-            now_ns=time.time_ns(),
-        )
-    finally:
-        state.database.close()
+    run = RunSettings(4, CohortPolicy(0, 2), RoundPolicy(quorum=2), OPTIONS, personalise=False)
+    return begin_plan(settings, PLAN, run)
 
 
 def expected(rounds: list[tuple[float, float]], devices):
