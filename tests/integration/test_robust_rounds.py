@@ -94,7 +94,7 @@ async def test_a_median_bears_an_attacker_and_names_it(five) -> None:
         told = connection.execute(sa.select(audit).where(audit.c.action == "federation.suspect")).mappings()
         assert [row["subject"] for row in told] == [eve] * 3
         assert verify_audit(connection) > 3
-    assert (found[eve].suspect, found[eve].rounds, found[eve].quarantine) == (3, 3, True)
+    assert (found[eve].suspect, found[eve].rounds, found[eve].advised) == (3, 3, True)
     others = [found[device.device_id] for device in five.devices[:-1]]
     assert others == [Suspicion(0, 3)] * 4
 
@@ -135,7 +135,7 @@ async def test_a_refused_submission_is_evidence_too(five) -> None:
     await ended(five, run_id, 1)
     with five.state.database.read() as connection:
         suspicion = list_suspicions(connection)[five.devices[0].device_id]
-    assert (suspicion.suspect, suspicion.rounds, suspicion.quarantine) == (1, 1, False)
+    assert (suspicion.suspect, suspicion.rounds, suspicion.advised) == (1, 1, False)
     assert "NaN" in suspicion.reason
 
 
@@ -198,7 +198,9 @@ async def test_operators_see_who_is_suspect(five) -> None:
     assert {name: row["suspect_rounds"] for name, row in listed.items()} == dict.fromkeys(NAMES, 0) | {
         "eve": 1
     }
-    assert listed["eve"]["quarantine"] is False
+    assert listed["eve"]["quarantine_advised"] is False
+    put = await asyncio.to_thread(call, "devices", "quarantine", listed["eve"]["device_id"])
+    assert put["quarantine_reason"].startswith("suspect in 1 of 1 rounds: ")
     status = await asyncio.to_thread(call, "federation", "status", run_id)
     (judged,) = status["rounds"][0]["judged"]
     assert judged["client"] == listed["eve"]["device_id"]

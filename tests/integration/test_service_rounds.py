@@ -21,7 +21,7 @@ from wearfleet_cloud.federated.round import Round
 from wearfleet_cloud.service.run_context import RunSettings
 from wearfleet_cloud.service.run_setup import start_run
 from wearfleet_cloud.service.state import open_state
-from wearfleet_cloud.storage.device_records import revoke_device
+from wearfleet_cloud.storage.device_records import quarantine_device, release_device, revoke_device
 from wearfleet_cloud.storage.run_records import find_run, list_rounds, list_submissions, stop_run
 from wearfleet_protos.errors import IntegrityError
 from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
@@ -306,6 +306,38 @@ async def test_a_revoked_device_leaves_the_round_and_is_shut_out(pair):
         await pair.anna.poll(0.1)
     assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
     state.database.close()
+
+
+async def test_a_device_in_quarantine_is_asked_by_no_round_until_it_is_released(tmp_path):
+    settings = service_settings(tmp_path)
+    async with running_service(settings) as service:
+        anna, ben = devices = [await enrolled_device(service, name) for name in ("anna", "ben")]
+        run_id = await asyncio.to_thread(begin_run, settings, SHAPES, rounds=60, min_clients=1)
+        state = open_state(settings)
+        tasks = await asyncio.gather(*(device.task() for device in devices))
+        with state.database.write() as connection:
+            quarantine_device(connection, anna.device_id, 7, "far from all others")
+        await ben.answer(tasks[1], 2.0)  # ends round 1: nobody waits for her any more
+        second = await ben.task()
+        assert (second.round, await anna.poll(0.3)) == (2, None)
+        assert (await anna.answer_late(tasks[0])).status == federation_pb2.RECEIPT_STATUS_STALE
+        with state.database.write() as connection:
+            release_device(connection, anna.device_id)
+        waiting, task = asyncio.create_task(anna.task()), second
+        while not waiting.done():  # the service notices within a second
+            await ben.answer(task, 2.0)
+            task = await ben.task()
+            await asyncio.wait({waiting}, timeout=0.2)
+        hers = await waiting
+        assert hers.round == task.round
+        assert (await anna.answer(hers, 2.0)).status == federation_pb2.RECEIPT_STATUS_ACCEPTED
+        with state.database.read() as connection:
+            rows = list_rounds(connection, run_id)
+        counted = [{r["client"] for r in row.snapshot["receipts"]} for row in rows[: hers.round]]
+        assert counted == [{ben.device_id}] * (hers.round - 1) + [{anna.device_id}]
+        state.database.close()
+        for device in devices:
+            await device.close()
 
 
 async def test_a_service_stopped_in_mid_round_goes_on_with_it(tmp_path):

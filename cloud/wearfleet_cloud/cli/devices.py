@@ -1,4 +1,4 @@
-"""``wearfleet-cloud devices``: who is enrolled, tickets for new ones, revocation."""
+"""``wearfleet-cloud devices``: who is enrolled, tickets for new ones, quarantine, revocation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-_group = typer.Typer(help="List, enrol and revoke devices.", no_args_is_help=True)
+_group = typer.Typer(help="List, enrol, quarantine and revoke devices.", no_args_is_help=True)
 
 DeviceId = Annotated[str, typer.Argument(help="Id from `devices list`.")]
 
@@ -55,7 +55,7 @@ def list_devices(config: ConfigFile = None, state: StateFolder = None, as_json: 
             (
                 row["device_id"], row["name"], row["tenant"], time_text(row["last_seen_ns"]), row["model_version"],
                 "yes" if row["personalised"] else "no", row["windows"]["received"], row["windows"]["lost"],
-                row["windows"]["duplicated"], _suspect(row), "revoked" if row["revoked_ns"] else "active",
+                row["windows"]["duplicated"], _suspect(row), _standing(row),
             )
             for row in rows
         ],
@@ -143,6 +143,54 @@ def revoke(
     print(f"{device_id} is revoked")
 
 
+@_group.command("quarantine")
+def quarantine(
+    device_id: DeviceId,
+    *,
+    reason: Annotated[str, typer.Option(help="Why; by default what the last rounds say of it.")] = "",
+    config: ConfigFile = None,
+    state: StateFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Leave a device out of federated rounds; it streams and recognises on. `devices release` ends it."""
+    from wearfleet_protos.errors import ConfigError
+
+    from wearfleet_cloud.storage.audit import append_audit
+    from wearfleet_cloud.storage.device_records import find_device, quarantine_device
+    from wearfleet_cloud.storage.suspicions import Suspicion, list_suspicions
+
+    now_ns = time.time_ns()
+    with opened(config, state) as (_, service), service.database.write() as connection:
+        find_device(connection, device_id)
+        evidence = list_suspicions(connection).get(device_id, Suspicion(0, 0)).evidence
+        told = "; ".join(part for part in (reason, evidence) if part)
+        if not told:
+            raise ConfigError(f"no round found {device_id} suspect; say with --reason why it is quarantined")
+        device = quarantine_device(connection, device_id, now_ns, told)
+        append_audit(connection, now_ns, "device.quarantine", device_id, device.quarantine_reason)
+    if as_json:
+        print_json(asdict(device))
+        return
+    print(f"{device_id} is left out of federated rounds: {device.quarantine_reason}")
+
+
+@_group.command("release")
+def release(
+    device_id: DeviceId, config: ConfigFile = None, state: StateFolder = None, as_json: Json = False
+) -> None:
+    """Let a device from quarantine take part in federated rounds again."""
+    from wearfleet_cloud.storage.audit import append_audit
+    from wearfleet_cloud.storage.device_records import release_device
+
+    with opened(config, state) as (_, service), service.database.write() as connection:
+        device = release_device(connection, device_id)
+        append_audit(connection, time.time_ns(), "device.release", device_id)
+    if as_json:
+        print_json(asdict(device))
+        return
+    print(f"{device_id} takes part in federated rounds again")
+
+
 def _summary(device: Device, counts: list[StreamCount]) -> dict[str, Any]:
     own = [count for count in counts if count.device_id == device.device_id]
     return asdict(device) | {
@@ -166,12 +214,12 @@ def _privacy(spent: dict[str, Any]) -> list[tuple[str, str]]:
 def _suspicion(found: Suspicion | None) -> dict[str, Any]:
     """What federated rounds say of a device; of one that took part in none, zeros."""
     if found is None:
-        return {"suspect_rounds": 0, "judged_rounds": 0, "suspect_reason": "", "quarantine": False}
+        return {"suspect_rounds": 0, "judged_rounds": 0, "suspect_reason": "", "quarantine_advised": False}
     return {
         "suspect_rounds": found.suspect,
         "judged_rounds": found.rounds,
         "suspect_reason": found.reason,
-        "quarantine": found.quarantine,
+        "quarantine_advised": found.advised,
     }
 
 
@@ -179,7 +227,13 @@ def _suspect(row: dict[str, Any]) -> str:
     if not row["suspect_rounds"]:
         return "no"
     share = f"{row['suspect_rounds']} of {row['judged_rounds']}"
-    return f"{share}, quarantine?" if row["quarantine"] else share
+    return f"{share}, quarantine?" if row["quarantine_advised"] and not row["quarantined_ns"] else share
+
+
+def _standing(row: dict[str, Any]) -> str:
+    if row["revoked_ns"]:
+        return "revoked"
+    return "quarantined" if row["quarantined_ns"] else "active"
 
 
 def _total(counts: list[StreamCount]) -> dict[str, int]:

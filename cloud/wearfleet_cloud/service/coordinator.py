@@ -144,7 +144,7 @@ class Coordinator:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def refresh(self) -> None:
-        """Notice runs that were started or stopped, and devices that were revoked, by a command."""
+        """Notice runs that were started or stopped, and devices that were shut out, by a command."""
         async with self.lock:
             if self.run is None:
                 await self._adopt()
@@ -154,9 +154,9 @@ class Coordinator:
             if row.state != "running":
                 await self.happen(Aborted(row.reason or "stopped"))
                 return
-            for device_id in self._parts.directory.revoked:
+            for device_id, reason in self._parts.directory.outside_rounds.items():
                 if self.keeper is not None and self.keeper.open_for(device_id):
-                    await self.happen(ClientDeclined(device_id, "revoked"))
+                    await self.happen(ClientDeclined(device_id, reason))
 
     async def give_up_lost(self) -> None:
         """Give the places of devices whose lease has run out to others.
@@ -206,8 +206,8 @@ class Coordinator:
         return set(self._budget.allowed(self.run.strategy.privacy, self.room.connected() & self._active()))
 
     def _active(self) -> set[str]:
-        devices = self._parts.directory.devices
-        return {name for name, device in devices.items() if device.revoked_ns is None}
+        directory = self._parts.directory
+        return set(directory.devices) - directory.outside_rounds.keys()
 
     async def happen(self, event: Event, *works: Work) -> None:
         """One transition: decide, write, act. The caller holds the lock.

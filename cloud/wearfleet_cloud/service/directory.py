@@ -39,6 +39,15 @@ class Directory:
         """Ids of the devices that are shut out."""
         return tuple(sorted(d.device_id for d in self._devices.values() if d.revoked_ns is not None))
 
+    @property
+    def outside_rounds(self) -> dict[str, str]:
+        """Devices that take part in no federated round -> ``revoked`` or ``quarantined``."""
+        return {
+            device.device_id: "quarantined" if device.revoked_ns is None else "revoked"
+            for device in self._devices.values()
+            if device.revoked_ns is not None or device.quarantined_ns is not None
+        }
+
     def active(self, device_id: str) -> Device:
         """An enrolled device that may take part.
 

@@ -1,6 +1,7 @@
 """Queries about devices and enrolment codes. Each takes the connection of the caller's transaction."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -23,15 +24,22 @@ __all__ = [
     "note_certificate",
     "note_reported",
     "note_seen",
+    "quarantine_device",
     "read_revision",
+    "release_device",
     "revoke_device",
     "stream_counts",
 ]
 
+_LONGEST_REASON: Final = 500
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One enrolled device; ``revoked_ns`` is None while it may take part."""
+    """One enrolled device.
+
+    ``revoked_ns`` is None while it may connect, ``quarantined_ns`` while it may take part in federated rounds.
+    """
 
     device_id: str
     tenant: str
@@ -46,6 +54,8 @@ class Device:
     model_version: int = 0
     personalised: bool = False
     refusal: str = ""
+    quarantined_ns: int | None = None
+    quarantine_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +154,31 @@ def revoke_device(connection: Connection, device_id: str, now_ns: int) -> Device
         .where(devices.c.device_id == device_id, devices.c.revoked_ns.is_(None))
         .values(revoked_ns=now_ns)
     )
+    bump_revision(connection)
+    return find_device(connection, device_id)
+
+
+def quarantine_device(connection: Connection, device_id: str, now_ns: int, reason: str) -> Device:
+    """Leave a device out of federated rounds until it is released; the newest reason stays.
+
+    Raises:
+        NotFoundError: no device has this id.
+    """
+    return _quarantined(connection, device_id, now_ns, reason[:_LONGEST_REASON])
+
+
+def release_device(connection: Connection, device_id: str) -> Device:
+    """End a quarantine; nothing changes where there is none.
+
+    Raises:
+        NotFoundError: no device has this id.
+    """
+    return _quarantined(connection, device_id, None, "")
+
+
+def _quarantined(connection: Connection, device_id: str, since_ns: int | None, reason: str) -> Device:
+    find_device(connection, device_id)
+    _update(connection, device_id, quarantined_ns=since_ns, quarantine_reason=reason)
     bump_revision(connection)
     return find_device(connection, device_id)
 

@@ -36,9 +36,14 @@ class Suspicion:
     reason: str = ""
 
     @property
-    def quarantine(self) -> bool:
-        """Whether an operator should look at the device: suspect in ``QUARANTINE_AFTER`` rounds or more."""
+    def advised(self) -> bool:
+        """Whether an operator should think of a quarantine: suspect in ``QUARANTINE_AFTER`` rounds or more."""
         return self.suspect >= QUARANTINE_AFTER
+
+    @property
+    def evidence(self) -> str:
+        """In words; empty for none."""
+        return f"suspect in {self.suspect} of {self.rounds} rounds: {self.reason}" if self.suspect else ""
 
 
 def list_suspicions(connection: Connection) -> dict[str, Suspicion]:

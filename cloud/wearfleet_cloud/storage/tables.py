@@ -65,6 +65,8 @@ devices: Final = Table(
     Column("model_version", Integer, nullable=False, default=0),
     Column("personalised", Boolean, nullable=False, default=False),
     Column("refusal", String(500), nullable=False, default=""),
+    Column("quarantined_ns", BigInteger),
+    Column("quarantine_reason", String(500), nullable=False, default=""),
 )
 
 enrolment_codes: Final = Table(

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import typer
 from service_harness import GRAPH, begin_run, echo_plan, service_settings
 from small_model_file import SHAPES_OF_A_MODEL, named_model
@@ -16,6 +17,7 @@ from wearfleet_cloud.export import write_release
 from wearfleet_cloud.federated.plan_files import save_plan
 from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.storage.device_records import Device, insert_device
+from wearfleet_cloud.storage.tables import audit
 from wearfleet_cloud.storage.telemetry_records import TelemetryBatch, TelemetryStore
 from wearfleet_protos.errors import ConfigError, NotFoundError
 from wearfleet_protos.tensors import digest_of
@@ -67,6 +69,27 @@ def test_devices_are_listed_with_what_came_of_their_windows(command, state):
     assert command("devices", "revoke", "anna-0001")["revoked_ns"] > 0
     with pytest.raises(NotFoundError, match="devices list"):
         command("devices", "revoke", "eve-0002")
+
+
+def test_a_device_is_put_in_quarantine_with_a_reason_and_released(command, state):
+    with state.database.write() as connection:
+        insert_device(connection, Device("anna-0001", "default", "anna", None, 1, "ff", 2, "1", 3))
+    with pytest.raises(ConfigError, match="--reason"):
+        command("devices", "quarantine", "anna-0001")
+    put = command("devices", "quarantine", "anna-0001", "--reason", "sold second-hand")
+    assert (put["quarantined_ns"] > 0, put["quarantine_reason"]) == (True, "sold second-hand")
+    assert command("devices", "show", "anna-0001")["quarantine_reason"] == "sold second-hand"
+    released = command("devices", "release", "anna-0001")
+    assert (released["quarantined_ns"], released["quarantine_reason"]) == (None, "")
+    with state.database.read() as connection:
+        entries = connection.execute(sa.select(audit).order_by(audit.c.entry)).mappings()
+        assert [(e["action"], e["detail"]) for e in entries if e["action"].startswith("device.")] == [
+            ("device.quarantine", "sold second-hand"),
+            ("device.release", ""),
+        ]
+    for verb in ("quarantine", "release"):
+        with pytest.raises(NotFoundError, match="devices list"):
+            command("devices", verb, "eve-0002")
 
 
 def test_a_model_is_published_listed_and_shown(command, tmp_path):
