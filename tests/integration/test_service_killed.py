@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
 import time
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
@@ -25,6 +22,7 @@ from service_harness import (
     running_service,
     service_settings,
 )
+from service_process import end_broker, start_process
 from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.storage.run_records import find_run, list_rounds, list_submissions, stop_run
 from wearfleet_protos.tensors import digest_of, encode_tensors
@@ -51,20 +49,6 @@ STATES = (
 ROUNDS = 2
 
 
-def start(program: str, settings: Settings) -> subprocess.Popen[bytes]:
-    service = settings.service
-    ports = {"port": service.port, "enrol-port": service.enrol_port, "web-port": service.web_port}
-    flags = [word for name, port in ports.items() for word in (f"--{name}", str(port))]
-    command = [program, "serve", "--state", str(service.state_dir), *flags]
-    command += ["--broker-port", str(settings.broker.port)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
-
-
-def end_broker(settings: Settings) -> None:
-    with suppress(OSError, ValueError):  # it outlives a service that was killed
-        os.kill(int((settings.service.state_dir / "broker" / "mosquitto.pid").read_text()), signal.SIGTERM)
-
-
 async def take_part(device: Device, value: float, *seconds: float) -> None:
     """Do the first tasks in so many seconds, later ones like the last of these; again whenever the service is gone."""
     waits = chain(seconds, repeat(seconds[-1]))
@@ -82,7 +66,7 @@ async def take_part(device: Device, value: float, *seconds: float) -> None:
 
 async def until_done(run_id: str, program: str, settings: Settings, stopped: str = "") -> None:
     """Start the service again whenever it has died, until the run has ended; stop another one once it is its turn."""
-    state, process = open_state(settings), start(program, settings)
+    state, process = open_state(settings), start_process(settings, (program,))
     try:
         while True:
             with state.database.read() as connection:
@@ -96,7 +80,7 @@ async def until_done(run_id: str, program: str, settings: Settings, stopped: str
                 stopped = ""
             if process.poll() is not None:
                 assert process.returncode == -signal.SIGKILL
-                process = start(program, settings)
+                process = start_process(settings, (program,))
             await asyncio.sleep(0.05)
     finally:
         process.terminate()

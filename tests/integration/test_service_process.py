@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +23,7 @@ from service_harness import (
     until,
     wait_until,
 )
+from service_process import end_broker, start_ready
 from wearfleet_cloud.config import BrokerConfig
 from wearfleet_cloud.service import broker as broker_module
 from wearfleet_cloud.service.serve import Service
@@ -106,29 +104,6 @@ async def test_mosquitto_is_started_again_when_it_dies(tmp_path):
         client.loop_stop()
 
 
-def start_process(settings) -> subprocess.Popen[str]:
-    """``wearfleet-cloud serve`` with these settings, when it is ready."""
-    service, broker = settings.service, settings.broker
-    command = [
-        sys.executable, "-c", "from wearfleet_cloud.cli import main; main()", "serve", "--json",
-        "--state", str(service.state_dir), "--port", str(service.port), "--enrol-port", str(service.enrol_port),
-        "--web-port", str(service.web_port), "--broker-port", str(broker.port),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout:
-        ready = json.loads(process.stdout.readline())
-    assert ready["ready"]
-    assert set(ready) == {"ready", "pid", "host", "cloud_port", "enrol_port", "web_port", "broker"}
-    return process
-
-
-def end_broker(folder: Path) -> None:
-    pid_file = folder / "broker" / "mosquitto.pid"
-    if pid_file.exists():
-        os.kill(int(pid_file.read_text()), signal.SIGKILL)
-
-
 @pytest.mark.e2e
 async def test_a_killed_service_loses_no_window_and_counts_no_update_twice(tmp_path):
     folder = tmp_path / "state"
@@ -136,7 +111,7 @@ async def test_a_killed_service_loses_no_window_and_counts_no_update_twice(tmp_p
     async with running_service(settings) as service:  # only to learn free ports and to enrol
         settings = fixed_ports(settings, service)
         devices = [await enrolled_device(service, name) for name in ("anna", "ben")]
-    process = await asyncio.to_thread(start_process, settings)
+    process = await asyncio.to_thread(start_ready, settings)
     try:
         anna, ben = devices
         client = await asyncio.to_thread(anna.mqtt, tmp_path)
@@ -151,7 +126,7 @@ async def test_a_killed_service_loses_no_window_and_counts_no_update_twice(tmp_p
         running = read_running(folder)
         assert running is not None
         assert running.pid == process.pid
-        process = await asyncio.to_thread(start_process, settings)  # takes the same broker over
+        process = await asyncio.to_thread(start_ready, settings)  # takes the same broker over
         for number in range(200, 250):
             client.publish(anna.topic(TopicKind.WINDOW), encode(anna.window(number)), qos=1)
         for device in devices:
@@ -182,7 +157,7 @@ async def test_a_killed_service_loses_no_window_and_counts_no_update_twice(tmp_p
     finally:
         process.kill()
         process.wait()
-        end_broker(folder)
+        end_broker(settings)
 
 
 @pytest.mark.e2e
@@ -193,7 +168,7 @@ async def test_a_device_whose_service_is_killed_in_mid_update_hands_it_in_to_the
         settings = fixed_ports(settings, service)
         anna = await enrolled_device(service)
     run_id = await asyncio.to_thread(begin_run, settings, {"a": (600_000,)}, rounds=1, min_clients=1)
-    process = await asyncio.to_thread(start_process, settings)
+    process = await asyncio.to_thread(start_ready, settings)
     cloud = RpcCloud(
         anna.cloud_address, lambda: grpc.ssl_channel_credentials(anna.ca_pem, anna.key_pem, anna.chain_pem)
     )
@@ -214,7 +189,7 @@ async def test_a_device_whose_service_is_killed_in_mid_update_hands_it_in_to_the
         with pytest.raises(TransportError) as caught:
             await sending
         assert caught.value.retryable
-        process = await asyncio.to_thread(start_process, settings)
+        process = await asyncio.to_thread(start_ready, settings)
         receipts = [await asyncio.to_thread(cloud.submit, submission, update) for _ in range(2)]
         assert [receipt.status for receipt in receipts] == [ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE]
         state = open_state(settings)
@@ -232,12 +207,12 @@ async def test_a_device_whose_service_is_killed_in_mid_update_hands_it_in_to_the
         cloud.close()
         process.kill()
         process.wait()
-        end_broker(folder)
+        end_broker(settings)
 
 
 @pytest.mark.e2e
 def test_ctrl_c_ends_the_service_and_its_broker(tmp_path):
-    process = start_process(service_settings(tmp_path))
+    process = start_ready(service_settings(tmp_path))
     pid = int((tmp_path / "broker" / "mosquitto.pid").read_text())
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
