@@ -49,7 +49,10 @@ class Sender:
 
     async def take(self, number: int) -> None:
         """The task of a round; who owes an earlier one is given that again as long as it can be done."""
-        while (task := await self.device.task()).round != number:
+        while True:
+            task = await self.device.task()
+            if task.round == number:
+                break
             await asyncio.sleep(0.1)
         self.tasks.append(task)
 

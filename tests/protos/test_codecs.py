@@ -199,6 +199,18 @@ def test_topk_sends_the_largest() -> None:
     assert np.abs(row[kept]).min() >= np.abs(row[~kept]).max()
 
 
+def test_topk_sends_the_first_of_equal_ones_on_every_processor() -> None:
+    update = update_of(1)
+    for seed, name in enumerate(CODED):
+        signs = np.random.default_rng(seed).choice((-1.0, 1.0, 2.0), update[name].shape)
+        update[name] = signs.astype(np.float32)
+    row = np.concatenate([update[name].reshape(-1) for name in CODED])
+    twos, ones = np.flatnonzero(row == 2.0), np.flatnonzero(row != 2.0)
+    arrived, _, _ = sent(update, UpdateCodec("topk", fraction=(len(twos) + 40) / P))
+    kept = np.flatnonzero(np.concatenate([arrived[name].reshape(-1) for name in CODED]))
+    assert kept.tolist() == sorted([*twos, *ones[:40]])
+
+
 def test_the_warm_up_goes_from_a_quarter_to_the_fraction() -> None:
     codec = UpdateCodec("topk", fraction=0.01, warmup_rounds=5)
     shares = [codec.count(100_000, number) / 100_000 for number in range(1, 8)]

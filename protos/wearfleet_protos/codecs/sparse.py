@@ -1,7 +1,8 @@
 """topk and randk: some of all numbers together, as fp16. What they leave out must be fed back.
 
-topk sends the k largest magnitudes and the gaps between their places, seven bits a byte. randk sends k numbers at
-places that seed and round give, the same for all clients, so places cost nothing and sums can be masked.
+topk sends the k largest magnitudes, of equal ones the first, and the gaps between their places, seven bits a byte.
+randk sends k numbers at places that seed and round give, the same for all clients, so places cost nothing and sums can
+be masked.
 
 Source: Stich et al. 2018, arXiv:1809.07599 (with memory); specs/federated.md section 19.
 Differs: randk is not scaled by n / k: with feedback the plain number is the contraction.
@@ -46,7 +47,7 @@ class TopK:
         """As ``Family.encode``."""
         row = _row(tensors)
         count = self.codec.count(len(row), self.turn.round_number)
-        places = np.sort(np.argpartition(np.abs(row), len(row) - count)[len(row) - count :])
+        places = _largest(np.abs(row), count)
         gaps = np.diff(places, prepend=-1) - 1
         return Fp16().encode(row[places], draws) + _pack(gaps), {}
 
@@ -108,6 +109,16 @@ def places_of_all(key: int, total: int, count: int) -> NDArray[np.int64]:
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
     return np.sort(np.argpartition(mixed, count - 1)[:count]).astype(np.int64)
+
+
+def _largest(magnitudes: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """(count,) ascending places; the same on every processor, whose partitions of equal numbers differ."""
+    last = len(magnitudes) - count
+    least = np.partition(magnitudes, last)[last]
+    chosen = magnitudes > least
+    equal = np.flatnonzero(magnitudes == least)
+    chosen[equal[: count - np.count_nonzero(chosen)]] = True
+    return np.flatnonzero(chosen)
 
 
 def _total(shapes: Shapes) -> int:
