@@ -6,4 +6,4 @@ export OMP_NUM_THREADS=1
 make --no-print-directory check
 python -m pytest -q -n 2 --dist loadfile -m "not slow and not e2e and not browser and not gpu" "$@"
 python -m pytest -q -n 2 --dist loadfile -m "slow and not e2e and not browser and not gpu" "$@"
-python -m pytest -q -m "(e2e or browser) and not gpu" "$@"
+python -m pytest -q -n 2 --dist loadfile -m "(e2e or browser) and not gpu" "$@"

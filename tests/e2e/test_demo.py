@@ -137,7 +137,7 @@ def assert_report_opens(report: Path, summary: dict[str, Any]) -> None:
         picture(page, "demo-report")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_ctrl_c_ends_everything_that_was_started(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     demo = start_demo(out, "--steps", "100", "--stream-seconds", "60")
@@ -145,7 +145,7 @@ def test_ctrl_c_ends_everything_that_was_started(tmp_path: Path) -> None:
         replaying = (
             out / "logs" / "federation-status.log"
         )  # by now the service, Mosquitto and four agents run
-        wait_for("the federated run begins", replaying.exists, 120, 0.1)
+        wait_for("the federated run begins", replaying.exists, 240, 0.1)
         assert len(alive(out)) >= 7
         demo.send_signal(signal.SIGINT)
         assert demo.wait(45) == 130, (tmp_path / "demo.log").read_text()

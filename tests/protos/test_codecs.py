@@ -458,6 +458,7 @@ def test_junk_is_refused(junk: bytes, name: str) -> None:
         decoded(junk, CODECS[name])
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2**20), min_size=1, max_size=50, unique=True))
 def test_gaps_of_every_length_survive(places: list[int]) -> None:

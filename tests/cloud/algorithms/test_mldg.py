@@ -74,6 +74,7 @@ def test_without_the_second_term_it_is_domain_averaged_erm_with_frozen_norms() -
     torch.testing.assert_close(metrics["loss"], plain["loss"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_agrees_with_training_unless_strict() -> None:
     """T11. Strict steps never move the running statistics, so that the network that is kept is another one.
 

@@ -73,6 +73,7 @@ def test_noise_is_uniform_over_the_range_of_the_activation(output: str, low: flo
     assert float((drawn - level).abs().max()) < 1.95 / len(drawn) ** 0.5 * (high - low)  # Kolmogorov, 0.1 %
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("output", "backbone", "low"), [("relu", "cnn", 0.0), ("tanh", "transformer", -1.0)])
 def test_features_become_more_uniform(output: str, backbone: str, low: float) -> None:
     distance = {}

@@ -167,6 +167,7 @@ def test_wesad_keeps_slow_signals_and_drops_what_33_hz_cannot_carry(tmp_path: Pa
     assert np.abs(recording.samples[middle, 4]).max() < 1e-3 * 1e-4
 
 
+@pytest.mark.slow
 def test_wesad_counts_and_person_groups(tmp_path: Path) -> None:
     people = [*range(2, 12), *range(13, 18)]
     labels = np.repeat([1, 2, 3, 4, 6], 6300)

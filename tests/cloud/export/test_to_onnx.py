@@ -143,6 +143,7 @@ def test_windows_give_the_same_in_any_batch(example, batch):
         np.testing.assert_allclose(together, whole[name], rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_equal_inputs_give_equal_bytes(cnn):
     ood = fit_ood(cnn.model, cnn.x, cnn.y, cnn.x_validation, method="mahalanobis", rank=8)
     again, manifest = export_bytes(cnn.model, cnn.contract, ood, replace(cnn.info, created_ns=77))

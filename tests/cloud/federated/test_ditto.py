@@ -28,6 +28,7 @@ def personal_round(own: Arrays, received: Arrays, windows, pull: float, number: 
     return arrays(network)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pull", [0.0, 0.5])
 def test_personal_models_are_those_of_the_oracle_given_the_received_ones(pull: float) -> None:
     """With pull 0 the oracle never looks at the received model after the first round: that is local training."""
@@ -46,6 +47,7 @@ def test_personal_models_are_those_of_the_oracle_given_the_received_ones(pull: f
                     assert error < 1e-4, (number, client, tensor)
 
 
+@pytest.mark.slow
 def test_the_global_track_is_fedavg_to_the_bit() -> None:
     ditto = Federation(create_strategy("ditto", OPTIONS), model("cnn"), CLIENTS)
     plain = {k: OPTIONS[k] for k in ("batch_size", "learning_rate")}
@@ -69,6 +71,7 @@ def test_the_personal_model_is_not_sent_and_moves_only_with_a_round_that_counts(
         np.testing.assert_array_equal(federation.local["ben"][name], array)
 
 
+@pytest.mark.slow
 def test_a_strong_pull_keeps_the_personal_model_at_the_received_one() -> None:
     def distance(pull: float) -> float:
         options = {**OPTIONS, "pull": pull, "personal_learning_rate": 0.01}

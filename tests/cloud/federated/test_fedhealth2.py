@@ -102,6 +102,7 @@ def test_the_fine_tuning_is_the_oracles_and_leaves_low_layers_alone() -> None:
         assert not any(tensor.startswith("personal/") for tensor in update)
 
 
+@pytest.mark.slow
 def test_a_stronger_pull_brings_the_covariance_nearer() -> None:
     def distance(weight: float) -> float:
         fed = federation(**{**CORAL, "coral_weight": weight, "finetune_epochs": 8})

@@ -89,6 +89,7 @@ def test_the_next_one_takes_the_place_of_who_is_away_and_the_ring_goes_on() -> N
     assert cohort(("dora",), 2, state) == ()  # who came later is not in the ring
 
 
+@pytest.mark.slow
 def test_the_ring_goes_on_from_who_was_last_and_who_comes_back_has_its_place() -> None:
     ours = federation(laps=3)
     turn(ours)
@@ -101,6 +102,7 @@ def test_the_ring_goes_on_from_who_was_last_and_who_comes_back_has_its_place() -
     assert order == ["anna", "cleo", "anna", "ben", "cleo", "anna"]
 
 
+@pytest.mark.slow
 def test_a_skipped_round_is_not_repeated_with_the_same_client() -> None:
     ours = federation(laps=2)
     turn(ours)

@@ -89,6 +89,7 @@ def test_devices_judge_train_and_judge_again() -> None:
     assert float(ours.tensors[TURNS]) == 1.0
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_much_worse_is_turned_away() -> None:
     fitted = turn(site(passes=8, learning_rate=0.2))
     trained = {name: fitted.tensors[name] for name in arrays(TEACHER)}
@@ -104,6 +105,7 @@ def test_a_teacher_that_is_much_worse_is_turned_away() -> None:
         assert same == keeps, gate
 
 
+@pytest.mark.slow
 def test_once_good_enough_always_good_enough() -> None:
     ours = turn(taught(site(threshold=1.5), 1.0, 1.0))
     assert float(ours.tensors["good_enough"]) == 1.0

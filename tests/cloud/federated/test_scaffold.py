@@ -118,6 +118,7 @@ def test_a_lost_update_leaves_the_clients_control_and_the_servers_sum_as_they_we
         )
 
 
+@pytest.mark.slow
 def test_who_was_away_for_long_begins_with_the_servers_control() -> None:
     strict, patient = (
         Federation(Scaffold(clients=3, local=LOCAL, **options), model("cnn"), CLIENTS)

@@ -77,6 +77,7 @@ def test_a_protocol_chooses_among_rounds_and_changes_none(protocol: str) -> None
         assert chosen.modes["personal@clients"].mean >= max(float(r.received or 0) for r in last.rounds[1:])
 
 
+@pytest.mark.slow
 def test_the_wire_measures_on_the_validation_part_what_stacked_clients_do() -> None:
     simulation = Simulation(5, seed=SEED, protocol="fhbench")
     runners = (stacked, lambda s: WireClients(s, model("cnn"), CONTRACT, SEED, device_engine))

@@ -90,6 +90,7 @@ def test_stacked_clients_give_the_weights_and_figures_of_the_wire(name: str) -> 
     assert fast.modes.keys() == real.modes.keys() == {"global@clients", "personal@clients"}
 
 
+@pytest.mark.slow
 def test_the_wire_is_the_oracles_rounds_to_the_bit() -> None:
     real = outcome("ditto", wired)
     federation = Federation(made("ditto"), model("cnn"), SPLITS)
@@ -189,6 +190,7 @@ def test_impossible_label_skew_is_refused(numbers: tuple[int, float]) -> None:
         label_skew(pool.x, pool.y, *numbers, seed=1)
 
 
+@pytest.mark.slow
 def test_the_command_adds_a_row_a_run_and_replaces_one_that_is_made_again(tmp_path: Path) -> None:
     app = typer.Typer()
     register(app)

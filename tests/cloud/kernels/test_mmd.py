@@ -57,6 +57,7 @@ def test_the_kernel_is_the_reference(shape, device):
     check(kernel.mmd_triton, *make(*shape), device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [257, 2049])
 def test_larger_tiles_and_many_windows(windows, device, monkeypatch):
     """The tiles of more than 256 and of more than 2 048 windows, at 1 023 windows and slabs of 64 or fewer."""
@@ -65,6 +66,7 @@ def test_larger_tiles_and_many_windows(windows, device, monkeypatch):
     check(kernel.mmd_triton, *make(3, 341 if windows > 2048 else 50, 5), device)
 
 
+@pytest.mark.slow
 def test_slabs_of_rows_make_the_whole_gradient(device):
     check(kernel.mmd_triton, *make(2, 100, 3), device)  # 200 rows, slabs of 64
 

@@ -98,6 +98,7 @@ def test_the_whole_kernel_is_the_reference(settings, prior, shape, device):
     check(kernel.transport_triton, make(*shape, prior=prior), settings, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", FEW)
 @pytest.mark.parametrize("prior", [False, True])
 def test_the_streamed_kernel_is_the_reference(settings, prior, device, monkeypatch):
@@ -105,6 +106,7 @@ def test_the_streamed_kernel_is_the_reference(settings, prior, device, monkeypat
     check(kernel.transport_triton, make(2, 17, 33, 5, prior=prior), settings, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 129, 1, 2), (1, 2, 1023, 3), (1, 1023, 2, 3)])
 def test_points_beyond_one_program(shape, device):
     for settings in FEW:
@@ -158,6 +160,7 @@ def test_stacked_runs_are_single_runs(device):
             torch.testing.assert_close(ours[number], theirs, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "streamed"),
     [

@@ -38,6 +38,7 @@ def _commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", _commands(), ids=lambda words: words[0])
 def test_the_printed_commands_run(here: Path, command: list[str]) -> None:
     app = typer.Typer(pretty_exceptions_enable=False)
@@ -54,6 +55,7 @@ def test_the_printed_commands_run(here: Path, command: list[str]) -> None:
         assert json.loads(result.stdout)["failed"] == 0
 
 
+@pytest.mark.slow
 def test_the_printed_script_runs(here: Path) -> None:
     code = _BLOCKS[-1][1].replace("steps=100", "steps=6")
     done = subprocess.run(

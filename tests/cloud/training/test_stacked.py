@@ -42,6 +42,7 @@ def _rows(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "backbone"), [("erm", "cnn"), ("mixup", "cnn"), ("coral", "cnn"), ("erm", "transformer")]
 )
@@ -150,6 +151,7 @@ def test_what_looks_at_the_target_runs_alone() -> None:
         assert kind.transduce is Algorithm.transduce or kind.info.alone, name
 
 
+@pytest.mark.slow
 def test_replayed_steps_are_the_steps(small_people: Prepared, tmp_path: Path) -> None:
     """The buffers of a recording on a CPU, where replaying is running the same work again on them."""
     for algorithm in ("mixup", "diversify"):  # one kind of step, and three that take turns

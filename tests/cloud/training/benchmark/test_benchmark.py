@@ -70,6 +70,7 @@ def test_a_benchmark_writes_one_row_a_run_and_one_table_a_rule(grid: Grid, place
     assert "upper bound" not in tables["source-validation"]
 
 
+@pytest.mark.slow
 def test_runs_that_were_chosen_are_drawn(grid: Grid, place: Place) -> None:
     finished = benchmark(replace(grid, methods=("erm", "coral"), seeds=(1, 0)), place, Execution())
     cells = chosen_cells(finished)
@@ -87,6 +88,7 @@ def test_runs_that_were_chosen_are_drawn(grid: Grid, place: Place) -> None:
         draw_runs(finished, place, ["dann"], "pca")
 
 
+@pytest.mark.slow
 def test_the_command_of_a_row_makes_the_same_run(grid: Grid, place: Place, tmp_path: Path) -> None:
     import shlex
 

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import typer
 from typer.testing import CliRunner
 from wearfleet_cloud.cli import benchmark
@@ -14,6 +15,7 @@ from wearfleet_cloud.training.selection import RULES
 _HOWTO = (Path(__file__).resolve().parents[4] / "docs" / "howto" / "run-a-benchmark.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_printed_command_runs_on_simulated_people(tmp_path: Path, people: str, cache: Path) -> None:
     (command,) = re.findall(r"```sh\n(.*?)```", _HOWTO, re.DOTALL)
     words = shlex.split(command.replace("\\\n", " "))[1:]
