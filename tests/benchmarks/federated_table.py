@@ -2,8 +2,8 @@
 
 Run, from the repository root, with ``WEARFLEET_DATA_ROOT`` set:
 ``python tests/benchmarks/federated_table.py run docs/results/federated`` (``--part NAME`` for one of its tables:
-people, label-skew, unseen, dsads, usc-had) makes ``wearfleet-cloud simulate`` once a row; a run that is in ``runs.csv``
-is not made again. ``python tests/benchmarks/federated_table.py table docs/results/federated`` prints the tables, and
+people, label-skew, unseen, trained-skew, dsads, usc-had) makes ``wearfleet-cloud simulate`` once a row; a run that is in
+``runs.csv`` is not made again. ``python tests/benchmarks/federated_table.py table docs/results/federated`` prints the tables, and
 ``… splits docs/results/federated`` writes the hash of every split into ``splits.csv`` (``simulate`` says it too).
 """
 
@@ -59,7 +59,8 @@ UNSEEN = (
     ("transformer", "fedavg", {}),
     ("transformer", "epfl", {"rank": "4"}),
 )
-"""The network that the runs begin with, strategy and options: six people whom that network's training has not seen."""
+"""The network that runs of ``unseen`` and ``trained-skew`` begin with, strategy and options; its training has seen all
+people but the first six."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,13 @@ class Part:
         return [*words, *self.split]
 
 
+_TRAINED = ("unseen", "trained-skew")
+SKEW = ("--split", "label-skew", "--clients", "20", "--alpha", "0.1")
 PARTS = {
     "people": Part("hapt", 30, 30, 2, 0.05),
-    "label-skew": Part(
-        "hapt", 20, 30, 2, 0.05, ("--split", "label-skew", "--clients", "20", "--alpha", "0.1")
-    ),
+    "label-skew": Part("hapt", 20, 30, 2, 0.05, SKEW),
     "unseen": Part("hapt", 6, 30, 2, 0.01, ("--clients", "6")),
+    "trained-skew": Part("hapt", 20, 10, 1, 0.01, SKEW),
     "dsads": Part("dsads", 8, 30, 2, 0.05),
     "usc-had": Part("usc-had", 14, 15, 1, 0.05),
 }
@@ -96,7 +98,7 @@ PARTS = {
 
 def rows(part: str, folder: Path) -> list[list[str]]:
     """The commands of a part, without the seed."""
-    if part != "unseen":
+    if part not in _TRAINED:
         return [PARTS[part].command(name, dict(EXTRA.get(name, {}))) for name in COMMON]
     made = []
     for network, strategy, own in UNSEEN:
@@ -110,7 +112,7 @@ def _network(folder: Path, name: str) -> Path:
 
 
 def run(part: str, folder: Path) -> None:
-    if part == "unseen":
+    if part in _TRAINED:
         for name, options in NETWORKS.items():
             if not (_network(folder, name) / "result.json").is_file():
                 target = ["--dataset", "hapt", "--scenario", "cross-person", "--target", "0"]
