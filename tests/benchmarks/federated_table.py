@@ -2,9 +2,10 @@
 
 Run, from the repository root, with ``WEARFLEET_DATA_ROOT`` set:
 ``python tests/benchmarks/federated_table.py run docs/results/federated`` (``--part NAME`` for one of its tables:
-people, label-skew, unseen, trained-skew, dsads, usc-had) makes ``wearfleet-cloud simulate`` once a row; a run that is in
-``runs.csv`` is not made again. ``python tests/benchmarks/federated_table.py table docs/results/federated`` prints the tables, and
-``… splits docs/results/federated`` writes the hash of every split into ``splits.csv`` (``simulate`` says it too).
+people, label-skew, unseen, trained-skew, dsads, usc-had) makes ``wearfleet-cloud simulate`` once a row; a run that is
+in ``runs.csv`` is not made again. ``python tests/benchmarks/federated_table.py table docs/results/federated`` prints
+the tables, and ``… splits docs/results/federated`` writes the hash of every split into ``splits.csv`` (``simulate``
+says it too).
 """
 
 from __future__ import annotations
