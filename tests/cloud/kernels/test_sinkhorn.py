@@ -8,6 +8,7 @@ from wearfleet_cloud.kernels.sinkhorn import (
     group_lasso_plan,
     group_lasso_reference,
     kernel,  # the Triton kernels, called directly: on a CPU they run in Triton's interpreter
+    kernel_group_lasso,
     transport_loss,
     transport_plan,
     transport_reference,
@@ -294,7 +295,7 @@ def test_the_group_lasso_kernel_is_the_reference(size, device):
         cost.double(), a.double(), b.double(), groups, epsilon.double(), eta.double(), 4, 20
     )
     given = (t.to(device) for t in (cost, a, b, groups, epsilon, eta))
-    found = kernel.group_lasso_triton(*given, 4, 20)
+    found = kernel_group_lasso.group_lasso_triton(*given, 4, 20)
     grown = 0.2 * 0.5 / 1e-3**0.5 / 0.5
     begin = 41 * (max(size) + 8 + 2 * (1.0 / 0.5 + grown)) * EPS32
     assert_within(found, exact, exact * begin * sum(grown**k for k in range(4)), "plan")
@@ -308,7 +309,7 @@ def test_the_group_lasso_kernel_is_the_reference(size, device):
     ],
 )
 def test_a_planted_error_in_the_group_lasso_is_found(old, new, device):
-    wrong = planted(kernel, old, new)
+    wrong = planted(kernel_group_lasso, old, new)
     cost, groups, epsilon, eta = (t.to(device) for t in lasso())
     a, b = (torch.full((2, count), 1.0 / count, device=device) for count in (12, 7))
     right = group_lasso_reference(cost, a, b, groups, epsilon, eta, 5, 20)

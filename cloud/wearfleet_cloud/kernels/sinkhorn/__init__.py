@@ -151,10 +151,12 @@ def group_lasso_plan(
     a, b = _masses(cost[:, :, 0], a, "a"), _masses(cost[:, 0], b, "b")
     with torch.no_grad():
         if takes_triton(cost, a, b, groups, epsilon, eta):
-            from wearfleet_cloud.kernels.sinkhorn import kernel  # noqa: PLC0415  only where Triton is
+            from wearfleet_cloud.kernels.sinkhorn import kernel, kernel_group_lasso  # noqa: PLC0415  only where Triton is
 
             if max(cost.shape[1:]) <= kernel.MOST_SMALL:
-                return kernel.group_lasso_triton(cost, a, b, groups, epsilon, eta, outer, iterations)
+                return kernel_group_lasso.group_lasso_triton(
+                    cost, a, b, groups, epsilon, eta, outer, iterations
+                )
         cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
         return group_lasso_reference(cost, a, b, groups, epsilon, eta, outer, iterations)
 

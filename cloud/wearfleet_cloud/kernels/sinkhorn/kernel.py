@@ -10,7 +10,7 @@ from torch import Tensor
 from wearfleet_cloud.kernels.operation import operation
 from wearfleet_cloud.kernels.sinkhorn.reference import LEAST_DISTANCE, LEAST_MASS, Metric
 
-__all__ = ["MOST_SMALL", "group_lasso_triton", "transport_triton"]
+__all__ = ["MOST_SMALL", "iterate", "log_masses", "transport_triton", "whole"]
 
 MOST_SMALL = 64  # points on each side of a problem that one program holds whole
 _SLAB = 256  # rows of a slab at least, work enough for a product
@@ -23,12 +23,6 @@ class _Form:
     iterations: int
     metric: Metric
     prior: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Steps:
-    outer: int
-    iterations: int
 
 
 @triton.jit
@@ -76,7 +70,7 @@ def _join(one, two):
 
 
 @triton.jit
-def _iterate(cost, log_a, log_b, rest, iterations, PARTIAL: tl.constexpr, BLOCK_N: tl.constexpr):
+def iterate(cost, log_a, log_b, rest, iterations, PARTIAL: tl.constexpr, BLOCK_N: tl.constexpr):
     """Potentials of a problem that is held whole; ``cost`` is over epsilon and 1e30 where there are no points."""
     u, v = tl.zeros((BLOCK_N,), tl.float32), tl.where(log_b > -1e29, 0.0, -1e30)
     dummy_v = 0.0
@@ -95,7 +89,8 @@ def _iterate(cost, log_a, log_b, rest, iterations, PARTIAL: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _log_masses(masses, index, count, least):
+def log_masses(masses, index, count, least):
+    """(BLOCK,) log of masses, at least that of ``least``; of points that are not there -1e30."""
     inside = index < count
     return tl.where(inside, tl.log(tl.maximum(tl.load(masses + index, mask=inside, other=1.0), least)), -1e30)
 
@@ -133,10 +128,10 @@ def _solve_small(
     inside = (i < N)[:, None] & (j < M)[None, :]
     cost = tl.where(inside, cost * tl.load(scale + problem), 1e30)
     log_a, log_b = (
-        _log_masses(a + problem * N, i, N, least_mass),
-        _log_masses(b + problem * M, j, M, least_mass),
+        log_masses(a + problem * N, i, N, least_mass),
+        log_masses(b + problem * M, j, M, least_mass),
     )
-    u, v = _iterate(cost, log_a, log_b, rest, iterations, PARTIAL, BLOCK_N)
+    u, v = iterate(cost, log_a, log_b, rest, iterations, PARTIAL, BLOCK_N)
     tl.store(u_out + problem * N + i, u, mask=i < N)
     tl.store(v_out + problem * M + j, v, mask=j < M)
 
@@ -189,7 +184,7 @@ def _half_step(
     found = top + tl.log(total)
     if PARTIAL:
         found = _join(found, tl.load(dummy + problem))
-    tl.store(u_out + problem * N + i, _log_masses(a + problem * N, i, N, least_mass) - found, mask=i < N)
+    tl.store(u_out + problem * N + i, log_masses(a + problem * N, i, N, least_mass) - found, mask=i < N)
 
 
 @triton.jit
@@ -265,52 +260,14 @@ def _slopes(
     tl.store(slab + offsets, weight, mask=(row < R)[:, None] & (j < M)[None, :])
 
 
-@triton.jit
-def _group_lasso(
-    cost,  # (Q, N, M)
-    a,  # (Q, N)
-    b,  # (Q, M)
-    groups,  # (Q, N)
-    epsilon,  # (Q,)
-    eta,  # (Q,)
-    plan_out,  # (Q, N, M) out
-    N,
-    M,
-    outer,
-    iterations,
-    least_mass,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    problem = tl.program_id(0).to(tl.int64)
-    i, j = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    inside = (i < N)[:, None] & (j < M)[None, :]
-    offsets = problem * N * M + i[:, None] * M + j[None, :]
-    base = tl.load(cost + offsets, mask=inside, other=0.0).to(tl.float32)
-    cold, weight = 1.0 / tl.load(epsilon + problem), tl.load(eta + problem)
-    mine = tl.load(groups + problem * N + i, mask=i < N, other=-1)
-    again = tl.load(groups + problem * N + tl.arange(0, BLOCK_N), mask=i < N, other=-2)
-    same = (mine[:, None] == again[None, :]).to(tl.float32)
-    log_a, log_b = (
-        _log_masses(a + problem * N, i, N, least_mass),
-        _log_masses(b + problem * M, j, M, least_mass),
-    )
-    penalty, plan = 0.0 * base, 0.0 * base
-    for _ in range(outer):
-        scaled = tl.where(inside, (base + weight * penalty) * cold, 1e30)
-        u, v = _iterate(scaled, log_a, log_b, 0.0, iterations, False, BLOCK_N)
-        plan = tl.where(inside, tl.exp(u[:, None] + v[None, :] - scaled), 0.0)
-        penalty = 0.5 / tl.sqrt(tl.dot(same, plan, input_precision="ieee") + 1e-3)
-    tl.store(plan_out + offsets, plan, mask=inside)
-
-
 def _blocks(n: int, m: int) -> dict[str, int]:
     if max(n, m) <= 512:
         return {"BLOCK": 16, "BLOCK_F": 64, "num_warps": 2}
     return {"BLOCK": 64, "BLOCK_F": 32, "num_warps": 8}
 
 
-def _whole(n: int, m: int) -> dict[str, int]:
+def whole(n: int, m: int) -> dict[str, int]:
+    """Blocks and warps of a program that holds a problem whole."""
     sides = [max(16, triton.next_power_of_2(count)) for count in (n, m)]
     return {"BLOCK_N": sides[0], "BLOCK_M": sides[1], "num_warps": 4 if max(sides) <= 32 else 8}
 
@@ -368,7 +325,7 @@ def _potentials(
     if max(n, m) <= MOST_SMALL:
         _solve_small[problems,](
             x, y, a, b, prior, u, v, scale, n, m, width, rest, form.iterations, LEAST_MASS, LEAST_DISTANCE,
-            **_options(form), PARTIAL=partial, BLOCK_F=32, **_whole(n, m),
+            **_options(form), PARTIAL=partial, BLOCK_F=32, **whole(n, m),
         )  # fmt: skip
         return u, v
     blocks = _blocks(n, m)
@@ -450,25 +407,6 @@ def _launch_backward(
     return tuple(tensor for tensor, needed in zip(found, needs, strict=True) if needed)
 
 
-def _launch_lasso(
-    steps: object, cost: Tensor, a: Tensor, b: Tensor, groups: Tensor, epsilon: Tensor, eta: Tensor
-) -> tuple[Tensor, ...]:
-    assert isinstance(steps, _Steps)
-    problems, n, m = cost.shape
-    plan = cost.new_empty(cost.shape, dtype=torch.float32)
-    _group_lasso[problems,](
-        cost.float().contiguous(), a.float().contiguous(), b.float().contiguous(), groups.contiguous(),
-        epsilon.float().contiguous(), eta.float().contiguous(), plan, n, m, steps.outer, steps.iterations,
-        LEAST_MASS, **_whole(n, m),
-    )  # fmt: skip
-    return (plan,)
-
-
-def _no_slope(*_: object) -> tuple[Tensor, ...]:
-    return ()
-
-
-_lasso = operation(_launch_lasso, _no_slope, values=0, differentiable=0, constants=1)
 _transport = operation(_launch_forward, _launch_backward, values=1, differentiable=2, constants=3)
 
 
@@ -489,17 +427,3 @@ def transport_triton(
         prior = x.new_zeros((len(x), 1, 1), dtype=torch.float32)
     loss, u, v, mean = _transport(form, x, y, a.float(), b.float(), prior.float())
     return loss, u, v, mean
-
-
-def group_lasso_triton(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    groups: Tensor,
-    epsilon: Tensor,
-    eta: Tensor,
-    outer: int,
-    iterations: int,
-) -> Tensor:
-    """As ``group_lasso_reference`` for at most ``MOST_SMALL`` points on each side; float32, no gradient."""
-    return _lasso(_Steps(outer, iterations), cost, a, b, groups, epsilon, eta)[0]
