@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes start here, each of which would compile the package again
 make --no-print-directory check
 python -m pytest -q -n 2 --dist loadfile -m "not slow and not e2e and not browser and not gpu" "$@"
 python -m pytest -q -n 2 --dist loadfile -m "slow and not e2e and not browser and not gpu" "$@"

@@ -1,6 +1,7 @@
 """Sealed hops: only the sites read them; what was changed, comes again or is of somebody else is refused."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,13 +14,18 @@ from wearfleet_cloud.federated.sealed_ring import HOP, HOPS, KEY, KEYS, MADE, SE
 from wearfleet_cloud.ring.sealing import Route, Sealer, is_sealed
 from wearfleet_edge.trainer import start_state, upload_tensors
 from wearfleet_protos.errors import AggregationError, ConfigError, IntegrityError
+from wearfleet_protos.plan import Plan
 from wearfleet_protos.secagg.identity import KnownKeys, KnownKeySigner
 from wearfleet_protos.tensors import digest_of
 
 STRATEGY = create_strategy("metafed", {"sealed": "on", "seats": 4, "warm_rounds": 1, "laps": 2})
-PLAN, _ = build_plan(STRATEGY, model("cnn"), CONTRACT, plan_id="ring", seed=5)
 NAMES = ("east", "north", "south")
 RUN, DIGEST = "metafed-1", digest_of(b"plan")
+
+
+@cache
+def plan() -> Plan:
+    return build_plan(STRATEGY, model("cnn"), CONTRACT, plan_id="ring", seed=5)[0]
 
 
 class Ring:
@@ -34,27 +40,28 @@ class Ring:
         }
         network = arrays(model("cnn"))
         self.tensors: Arrays = {
-            s.name: np.asarray(network.get(s.name, np.zeros(s.shape)), s.dtype) for s in PLAN.download_specs()
+            s.name: np.asarray(network.get(s.name, np.zeros(s.shape)), s.dtype)
+            for s in plan().download_specs()
         }
         self.state: Arrays = {}
         self.local: dict[str, Arrays] = {}
         self.number = 0
 
     def before(self, name: str, number: int, tensors: Arrays | None = None) -> dict[str, np.ndarray]:
-        start = start_state(PLAN, dict(tensors or self.tensors), dict(self.local.get(name, {})))
-        return self.sealers[name].opened(PLAN, start, Route(RUN, DIGEST, number))
+        start = start_state(plan(), dict(tensors or self.tensors), dict(self.local.get(name, {})))
+        return self.sealers[name].opened(plan(), start, Route(RUN, DIGEST, number))
 
     def made(self, name: str, number: int) -> tuple[dict[str, np.ndarray], Arrays]:
         """A turn's result: the state after it, and the update."""
-        start = start_state(PLAN, dict(self.tensors), dict(self.local.get(name, {})))
+        start = start_state(plan(), dict(self.tensors), dict(self.local.get(name, {})))
         before = self.before(name, number)
         drawn = arrays(model("cnn", seed=10 * number + NAMES.index(name)))
-        after = self.sealers[name].sealed(PLAN, {**before, **drawn}, Route(RUN, DIGEST, number))
-        return after, upload_tensors(PLAN, start, after)
+        after = self.sealers[name].sealed(plan(), {**before, **drawn}, Route(RUN, DIGEST, number))
+        return after, upload_tensors(plan(), start, after)
 
     def fold(self, updates: dict[str, Arrays]) -> None:
         parts = [Contribution(name, 10, lambda u=u: u, 1) for name, u in updates.items()]
-        folded = STRATEGY.server(PLAN.tensors, self.tensors, self.state, parts)
+        folded = STRATEGY.server(plan().tensors, self.tensors, self.state, parts)
         self.tensors, self.state = folded.tensors, folded.state
 
     def round(self, *names: str) -> dict[str, np.ndarray]:
@@ -62,7 +69,7 @@ class Ring:
         done = {name: self.made(name, self.number) for name in names}
         self.fold({name: update for name, (_, update) in done.items()})
         for name, (after, _) in done.items():
-            self.local[name] = {s.name: after[s.name] for s in PLAN.local_specs()}
+            self.local[name] = {s.name: after[s.name] for s in plan().local_specs()}
         return done[names[-1]][0]
 
 
@@ -83,7 +90,7 @@ def test_every_site_opens_the_hop_and_the_service_cannot(ring: Ring) -> None:
     assert after["head.weight"].tobytes() not in everything
     assert not any(name.startswith(("teacher/", "sent/")) for name in ring.tensors)
     np.testing.assert_array_equal(ring.tensors["head.weight"], arrays(model("cnn"))["head.weight"])
-    assert is_sealed(PLAN)
+    assert is_sealed(plan())
 
 
 def test_the_ring_goes_round_and_the_last_stage_sends_one_model_to_all(ring: Ring) -> None:
