@@ -11,6 +11,7 @@ from wearfleet_protos.errors import ConfigError
 from wearfleet_models.backbones import (
     Cnn,
     DeepConvLstm,
+    MultimodalTransformer,
     PatchTransformer,
     ResNet,
     Transformer,
@@ -30,6 +31,9 @@ FROZEN: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """What federated training leaves as it is -> the parts of a classifier."""
 
+_MULTIMODAL: Final = "multimodal-transformer"
+_LOW_RANK: Final = ("transformer", _MULTIMODAL)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -42,17 +46,21 @@ class ModelSpec:
         classes: K.
         kernel: length of the convolutions (the CNNs) or of a patch (patch-transformer), samples.
         dropout: share of dropped activations (the Transformers, deep-conv-lstm).
-        feedforward: width of the feed-forward blocks (transformer, transformer-strict, lag-transformer).
+        feedforward: width of the feed-forward blocks (all Transformers but patch-transformer).
         neck: what stands between backbone and head, a key of :data:`wearfleet_models.NECKS`.
         neck_width: numbers in the embedding (bottleneck, dense, mixture).
         domains: number of source domains, at least 1 (mixture).
         frozen: what federated training leaves as it is, a key of :data:`FROZEN`.
-        lora_rank: of low-rank additions to queries and values (transformer), which no frozen part holds; 0 for none.
+        lora_rank: of low-rank additions to queries and values (transformer, multimodal-transformer), which no frozen
+            part holds; 0 for none.
         surgery: h of an ``InputSurgery`` before the backbone, with a linear layer behind the head; 0 for neither.
         code_width: k of the surgery.
+        modalities: the kind of sensor of each channel, 0 to G - 1, each of them at least once (multimodal-transformer);
+            empty for one kind.
 
     Raises:
-        ConfigError: an unknown backbone, neck or frozen part, a size below one, or a mixture over no domains.
+        ConfigError: an unknown backbone, neck or frozen part, a size below one, a mixture over no domains, or kinds of
+            sensors that do not fit the channels or the backbone.
     """
 
     backbone: str
@@ -69,6 +77,7 @@ class ModelSpec:
     lora_rank: int = 0
     surgery: int = 0
     code_width: int = 0
+    modalities: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for kind, name, known in (
@@ -81,14 +90,27 @@ class ModelSpec:
         lowest = dict.fromkeys(("channels", "window", "classes", "kernel", "feedforward", "neck_width"), 1)
         lowest |= {"domains": 1 if self.neck == "mixture" else 0, "surgery": 0, "code_width": 0}
         lowest["lora_rank"] = 0
-        if self.lora_rank and self.backbone != "transformer":
-            raise ConfigError(f"low-rank additions belong to the transformer, not to {self.backbone}")
+        if self.lora_rank and self.backbone not in _LOW_RANK:
+            raise ConfigError(
+                f"low-rank additions belong to the transformer and to {_MULTIMODAL}, not to {self.backbone}"
+            )
         for field, least in lowest.items():
             value = getattr(self, field)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(
                     f"{field} of the model must be a whole number of at least {least}, got {value!r}"
                 )
+        object.__setattr__(self, "modalities", tuple(self.modalities))  # a list where it comes from JSON
+        self._check_modalities()
+
+    def _check_modalities(self) -> None:
+        kinds = self.modalities
+        if kinds and self.backbone != _MULTIMODAL:
+            raise ConfigError(f"modalities belong to {_MULTIMODAL}, not to {self.backbone}; leave them out")
+        if kinds and (len(kinds) != self.channels or set(kinds) != set(range(len(set(kinds))))):
+            raise ConfigError(
+                f"modalities must give each of {self.channels} channels a number 0, 1, ... without gaps, got {kinds}"
+            )
 
     def to_dict(self) -> dict[str, object]:
         """The fields, for JSON; ``ModelSpec(**d)`` is the inverse."""
@@ -212,6 +234,16 @@ def _transformer(*, strict: bool) -> Callable[[ModelSpec], nn.Module]:
     )
 
 
+def _multimodal(spec: ModelSpec) -> nn.Module:
+    return MultimodalTransformer(
+        spec.modalities or (0,) * spec.channels,
+        spec.window,
+        dropout=spec.dropout,
+        feedforward=spec.feedforward,
+        rank=spec.lora_rank,
+    )
+
+
 BACKBONES: Final[Mapping[str, Callable[[ModelSpec], nn.Module]]] = {
     "cnn": _cnn(16, 32),
     "cnn-small": _cnn(16),
@@ -224,6 +256,7 @@ BACKBONES: Final[Mapping[str, Callable[[ModelSpec], nn.Module]]] = {
     "lag-transformer": lambda spec: lag_transformer(
         spec.channels, spec.window, spec.dropout, spec.feedforward
     ),
+    _MULTIMODAL: _multimodal,
     "patch-transformer": lambda spec: PatchTransformer(spec.channels, spec.window, spec.kernel, spec.dropout),
     "deep-conv-lstm": lambda spec: DeepConvLstm(spec.channels, spec.window, spec.dropout),
     "resnet": lambda spec: ResNet(spec.channels),

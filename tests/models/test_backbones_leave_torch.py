@@ -29,6 +29,9 @@ SPECS = {
         for name in NECKS
         if name != "none"
     },
+    "several sensors": ModelSpec(
+        "multimodal-transformer", 3, 64, 3, feedforward=32, modalities=(0, 1, 0), lora_rank=2
+    ),
 }
 
 

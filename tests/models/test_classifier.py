@@ -87,11 +87,12 @@ def _specs() -> list[ModelSpec]:
     necks = [
         ModelSpec("cnn", 6, 64, 4, neck=name, neck_width=8, domains=3) for name in NECKS if name != "none"
     ]
-    return [*bare, *necks]
+    sensors = ModelSpec("multimodal-transformer", 6, 64, 4, feedforward=32, modalities=(0, 1, 1, 0, 2, 1))
+    return [*bare, *necks, sensors]
 
 
 def _id(spec: ModelSpec) -> str:
-    return f"{spec.backbone}-{spec.neck}"
+    return f"{spec.backbone}-{spec.neck}" + ("-sensors" if spec.modalities else "")
 
 
 @pytest.mark.parametrize("spec", _specs(), ids=_id)
@@ -212,6 +213,7 @@ def test_training_pass_can_be_traced(spec: ModelSpec) -> None:
         (("cnn-large", 6, 135, 4), "it needs 136"),
         (("patch-transformer", 6, 17, 4), "it needs 18"),
         (("deep-conv-lstm", 6, 16, 4), "it needs 17"),
+        (("multimodal-transformer", 6, 1, 4), "it needs 2"),
         (("lag-cnn", 6, 100, 4), "100 samples is cut into 10 patches: .* needs 13"),
         (("cnn", 0, 64, 4), "channels"),
         (("cnn", 6, 64.0, 4), "window"),
@@ -233,6 +235,7 @@ def test_an_impossible_model_is_refused_with_the_reason(settings: tuple, message
         ("lag-transformer", 1),
         ("patch-transformer", 18),
         ("deep-conv-lstm", 17),
+        ("multimodal-transformer", 2),
         ("resnet", 1),
     ],
 )

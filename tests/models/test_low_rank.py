@@ -48,8 +48,26 @@ def test_a_derived_model_answers_as_before_until_b_is_trained() -> None:
         torch.testing.assert_close(twin(x), plain(x), rtol=0, atol=1e-6)
 
 
-def test_only_the_transformer_has_them() -> None:
-    with pytest.raises(ConfigError, match="belong to the transformer"):
+def test_every_modality_has_factors_of_its_own() -> None:
+    spec = ModelSpec("multimodal-transformer", 3, 40, 4, feedforward=32, modalities=(0, 1, 0))
+    roles = tensor_roles(derived(build_classifier(spec), lora_rank=2, frozen="backbone"))
+    for role, letter in ((TensorRole.LORA_A, "a"), (TensorRole.LORA_B, "b")):
+        assert {name for name, own in roles.items() if own == role} == {
+            f"backbone.encoders.{kind}.layers.{layer}.qkv.{part}_{letter}"
+            for kind in (0, 1)
+            for layer in (0, 1)
+            for part in ("query", "value")
+        }
+    rest = {
+        role for name, role in roles.items() if name.startswith("backbone.") and ".qkv.query_" not in name
+    }
+    assert rest == {TensorRole.LORA_A, TensorRole.LORA_B, TensorRole.FROZEN}
+
+
+def test_only_the_transformers_of_channels_have_them() -> None:
+    with pytest.raises(
+        ConfigError, match="belong to the transformer and to multimodal-transformer, not to cnn"
+    ):
         ModelSpec("cnn", 3, 40, 4, lora_rank=2)
     with pytest.raises(ConfigError, match="lora_rank"):
         ModelSpec("transformer", 3, 40, 4, lora_rank=-1)

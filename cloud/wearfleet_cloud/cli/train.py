@@ -27,6 +27,7 @@ BACKBONE_NAMES: Final = (
     "cnn-plain-3",
     "transformer",
     "transformer-strict",
+    "multimodal-transformer",
     "patch-transformer",
     "deep-conv-lstm",
     "resnet",

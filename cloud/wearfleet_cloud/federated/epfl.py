@@ -4,7 +4,7 @@ Source: FHBench's EPFL, arXiv:2504.10817; specs/federated.md section 9.
 Differs: low-rank layers are found by their role (the authors' audio variant looks for names that its library does not
 use and exchanges nothing), and their A is mixed for every kind of data (their time-series variant averages it);
 a client sends a random projection of each B, not B; distances of 0 are guarded; absent clients count with their last
-factors; no dropout before A; one rank for all clients, one encoder for all channels.
+factors; no dropout before A; one rank for all clients.
 """
 
 from dataclasses import dataclass

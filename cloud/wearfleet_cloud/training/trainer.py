@@ -12,6 +12,7 @@ from wearfleet_protos.errors import ConfigError
 
 from wearfleet_cloud.data.dataset import Dataset, Progress, silent
 from wearfleet_cloud.data.scenarios import Scenario, SourceSplit
+from wearfleet_cloud.data.sensor_kinds import sensor_kinds
 from wearfleet_cloud.training.checkpoint import write_atomically
 from wearfleet_cloud.training.config import TrainConfig
 from wearfleet_cloud.training.examination import Windows
@@ -51,13 +52,18 @@ class TrainResult:
 
 
 def model_spec_for(dataset: Dataset, backbone: str = "cnn") -> ModelSpec:
-    """The network for a data set's windows; kernel lengths of specs/ood.md 1.4.
+    """The network for a data set's windows; kernel lengths of specs/ood.md 1.4, modalities from the channels' names.
 
     Raises:
         ConfigError: an unknown backbone.
     """
     return ModelSpec(
-        backbone, len(dataset.channels), dataset.window, len(dataset.label_names), kernel=dataset.kernel
+        backbone,
+        len(dataset.channels),
+        dataset.window,
+        len(dataset.label_names),
+        kernel=dataset.kernel,
+        modalities=sensor_kinds(dataset.channels) if backbone == "multimodal-transformer" else (),
     )
 
 

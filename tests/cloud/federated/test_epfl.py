@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from oracles.edge_rounds import SEED, Federation
+from oracles.epfl import mixed_rounds
 from oracles.small_federation import CONTRACT, arrays, model, splits
-from oracles.torch_clients import batches_of, epochs_of_sgd, loaded
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.factor_sketches import sketch_phase
@@ -39,43 +39,8 @@ def federation() -> Federation:
     return made
 
 
-def fresh():
-    return derived(NETWORK)
-
-
-def trained(start: dict[str, np.ndarray], name: str, number: int) -> dict[str, np.ndarray]:
-    network = loaded(fresh(), start).eval()
-    parts = batches_of(CLIENTS[name]["train"], 16, 1, seed=SEED, round_number=number)
-    epochs_of_sgd(network, parts, 0.05, 0.0, (*A, *B, *HEAD))
-    return arrays(network)
-
-
-def oracle() -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, np.ndarray]]]:
-    """What each client receives next, and what it keeps."""
-    start = arrays(NETWORK)
-    own: dict[str, dict[str, np.ndarray]] = {}
-    kept: dict[str, dict[str, np.ndarray]] = {}
-    last: dict[str, dict[str, np.ndarray]] = {}
-    for number, members in enumerate(COHORTS, start=1):
-        for name in members:
-            last[name] = trained({**start, **own.get(name, {}), **kept.get(name, {})}, name, number)
-            kept[name] = {n: last[name][n] for n in (*B, *HEAD)}
-        for i in last:
-            distances = {
-                j: sum(float(np.sqrt(((last[i][b] - last[j][b]) ** 2).sum())) for b in B) / len(B)
-                for j in last
-                if j != i
-            }
-            total = sum(1 / d for d in distances.values())
-            weights = {i: 0.4, **{j: 0.6 / d / total for j, d in distances.items()}}
-            own[i] = {
-                n: sum(w * last[j][n].astype(float) for j, w in weights.items()).astype(np.float32) for n in A
-            }
-    return own, kept
-
-
 def test_rounds_on_the_device_are_those_of_the_oracle(federation: Federation) -> None:
-    own, kept = oracle()
+    own, kept = mixed_rounds(NETWORK, CLIENTS, COHORTS, rate=0.05, own_weight=0.4)
     for name in CLIENTS:
         received = federation.strategy.received(name, federation.tensors, federation.state)
         for tensor, array in own[name].items():

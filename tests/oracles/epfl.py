@@ -1,0 +1,54 @@
+"""Rounds of EPFL in plain torch and NumPy, client by client."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from oracles.edge_rounds import SEED, Split
+from oracles.small_federation import arrays
+from oracles.torch_clients import Arrays, batches_of, epochs_of_sgd, loaded
+from wearfleet_models.classifier import Classifier, derived
+from wearfleet_models.roles import tensor_roles
+from wearfleet_protos.tensors import TensorRole
+
+__all__ = ["mixed_rounds"]
+
+
+def mixed_rounds(
+    network: Classifier,
+    clients: Mapping[str, Split],
+    cohorts: Sequence[Sequence[str]],
+    *,
+    rate: float,
+    own_weight: float,
+) -> tuple[dict[str, Arrays], dict[str, Arrays]]:
+    """What each client receives next, and what it keeps; batches of 16, one epoch a round.
+
+    Source: specs/federated.md section 9.
+    """
+    roles = tensor_roles(network)
+    a, b, head = (
+        [n for n, r in roles.items() if r == role]
+        for role in (TensorRole.LORA_A, TensorRole.LORA_B, TensorRole.HEAD)
+    )
+    start, own, kept, last = arrays(network), dict[str, Arrays](), dict[str, Arrays](), dict[str, Arrays]()
+    for number, members in enumerate(cohorts, start=1):
+        for name in members:
+            begin = {**start, **own.get(name, {}), **kept.get(name, {})}
+            model = loaded(derived(network), begin).eval()
+            parts = batches_of(clients[name]["train"], 16, 1, seed=SEED, round_number=number)
+            epochs_of_sgd(model, parts, rate, 0.0, (*a, *b, *head))
+            last[name] = arrays(model)
+            kept[name] = {n: last[name][n] for n in (*b, *head)}
+        for i in last:
+            distances = {
+                j: sum(float(np.sqrt(((last[i][n] - last[j][n]) ** 2).sum())) for n in b) / len(b)
+                for j in last
+                if j != i
+            }
+            total = sum(1 / d for d in distances.values())
+            others = {j: (1 - own_weight) / d / total for j, d in distances.items()}
+            weights = {i: own_weight, **others}
+            own[i] = {
+                n: sum(w * last[j][n].astype(float) for j, w in weights.items()).astype(np.float32) for n in a
+            }
+    return own, kept
