@@ -29,9 +29,7 @@ SPECS = {
         for name in NECKS
         if name != "none"
     },
-    "several sensors": ModelSpec(
-        "multimodal-transformer", 3, 64, 3, feedforward=32, modalities=(0, 1, 0), lora_rank=2
-    ),
+    "several sensors": ModelSpec("multimodal-transformer", 3, 64, 3, feedforward=32, modalities=(0, 1, 0)),
 }
 
 
@@ -69,6 +67,23 @@ def test_the_exported_file_computes_what_torch_computes(name: str) -> None:
     # acceptance test T17: backbone, neck, head and their statistics, and nothing that only training needs
     assert floats == {n for n, tensor in trained.state_dict().items() if tensor.is_floating_point()}
     assert ("LSTM" in operators_of(data)) == (name == "deep-conv-lstm")
+
+
+@pytest.mark.slow
+def test_the_exported_file_leaves_out_a_sensor_that_stands_still() -> None:
+    generator = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    x = (generator.normal(0, 1, (120, 3, 64)) + y[:, None, None]).astype(np.float32)
+    x[1::3, ::2] = generator.normal(0, 9, (40, 1, 1))  # any number, held throughout a window
+    x[2::3, 1] = 0.0
+    trained = _trained(model("several sensors"), x, y)
+    ood = fit_ood(trained, x, y, x[:40], rank=8)
+    release = ReleaseInfo("m", 1, "run", "Apache-2.0", simulated=True, created_ns=1)
+    data, _ = export_bytes(trained, CONTRACT, ood, release)
+    require_parity(parity_report(scored_classifier(trained, ood), data, x))
+    (embedding,) = open_graph(data).run(["embedding"], {"window": x})
+    gone = [np.all(embedding[:, part] == 0, axis=1) for part in (slice(0, 128), slice(128, 192))]
+    assert [np.flatnonzero(sensor).tolist() for sensor in gone] == [[*range(1, 120, 3)], [*range(2, 120, 3)]]
 
 
 @pytest.mark.parametrize("name", sorted(SPECS.keys() - WITHOUT_PLAN))

@@ -4,8 +4,8 @@ Source: late fusion in its plain form, the encoders' features side by side befor
 ``transformer``; with low-rank factors it is the network of EPFL for windows of several sensors (arXiv:2504.10817).
 Differs: FHBench's networks have one modality each.
 
-The features of an encoder are all its tokens, as in ``transformer``, not their mean: with one kind of sensor the two are
-the same network, with several they have heads of the same size, and differ only in which channels attend to each other.
+The features of an encoder are all its tokens, as in ``transformer``, not their mean: with one kind of sensor the two
+are the same network, with several they have heads of the same size and differ in which channels attend to each other.
 A token more costs 64 numbers a class in the head and nothing else. A sensor of one channel has one token, which attends
 to itself: its encoder learns by values, and its queries get no gradient.
 
