@@ -335,6 +335,7 @@ class Agent:
             member=lambda: self._member(config.secure_minimum_cohort),
             secure_only=config.secure_only,
             demands=plan_demands(config),
+            max_lora_rank=config.max_lora_rank,
         )
 
     def _member(self, minimum_cohort: int) -> Member:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, get_type_hints
 
 from wearfleet_protos.errors import ConfigError
+from wearfleet_protos.tensors import NO_RANK_LIMIT
 
 __all__ = [
     "AgentConfig",
@@ -92,6 +93,7 @@ class FederationConfig:
         max_epsilon: privacy that a plan's own clip and noise must give a round, at delta 1e-5; inf for no demand.
         strategies: names of the strategies to take part in, separated by commas; empty for all.
         secure_only: send no update and no figure but in such a sum; other training tasks are turned down.
+        max_lora_rank: highest rank of low-rank factors to train, at least 1; that of the network when it is left out.
     """
 
     enabled: bool = True
@@ -105,6 +107,7 @@ class FederationConfig:
     secure_only: bool = False
     max_epsilon: float = math.inf
     strategies: str = ""
+    max_lora_rank: int = NO_RANK_LIMIT
 
     def __post_init__(self) -> None:
         _check(
@@ -124,6 +127,10 @@ class FederationConfig:
             f"federation.secure_minimum_cohort must be at least 3, got {self.secure_minimum_cohort}",
         )
         _check(self.max_epsilon > 0, f"federation.max_epsilon must be above 0, got {self.max_epsilon}")
+        _check(
+            self.max_lora_rank >= 1,
+            f"federation.max_lora_rank must be at least 1 (leave it out for no limit), got {self.max_lora_rank}",
+        )
 
 
 @dataclass(frozen=True, slots=True)

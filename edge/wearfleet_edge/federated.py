@@ -19,7 +19,7 @@ from wearfleet_protos.errors import (
 )
 from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
 from wearfleet_protos.signing import MAX_SIGNED_BYTES, verify
-from wearfleet_protos.tensors import digest_of, encode_tensors
+from wearfleet_protos.tensors import NO_RANK_LIMIT, digest_of, encode_tensors
 
 from wearfleet_edge.downloads import Downloads
 from wearfleet_edge.local_state import LocalState, PendingResult, PersonalOrigin
@@ -81,6 +81,7 @@ class Device:
         member: this device in secure aggregation; made when a task asks for it.
         secure_only: no update and no figure of this device is sent but in a secure sum.
         demands: what a plan must fulfil.
+        max_lora_rank: highest rank of low-rank factors that it trains.
     """
 
     keys: Mapping[str, bytes]
@@ -92,6 +93,7 @@ class Device:
     member: Callable[[], Member]
     secure_only: bool = False
     demands: PlanDemands = field(default_factory=PlanDemands)
+    max_lora_rank: int = NO_RANK_LIMIT
 
 
 @dataclass(slots=True)
@@ -228,7 +230,7 @@ class FederatedWorker:
         if not self._cloud.report_stage(task, Stage.FETCHED):
             return None
         self._join(task, plan)
-        before = start_state(plan, downloaded, local)
+        before = start_state(plan, downloaded, local, max_lora_rank=self._device.max_lora_rank)
         self._cloud.report_stage(task, Stage.TRAINING)
         pulse = Pulse(self._cloud, task, self._device.limits(task.remaining_seconds))
         try:

@@ -16,7 +16,7 @@ from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError
 from wearfleet_protos.plan import Phase, Plan
 from wearfleet_protos.privacy import protected, secret_generator
 from wearfleet_protos.records import SecretSource, Source, expected_batch, steps_of
-from wearfleet_protos.tensors import Digest, check_finite, digest_of
+from wearfleet_protos.tensors import NO_RANK_LIMIT, Digest, check_finite, constant_start, digest_of
 
 from wearfleet_edge.graph import inspect_graph
 from wearfleet_edge.runtime import make_session
@@ -102,13 +102,16 @@ class PlanResult:
     seconds: float
 
 
-def start_state(plan: Plan, downloaded: Tensors, local: Tensors) -> Tensors:
+def start_state(
+    plan: Plan, downloaded: Tensors, local: Tensors, *, max_lora_rank: int = NO_RANK_LIMIT
+) -> Tensors:
     """First value of every state tensor.
 
     Args:
         plan: the plan.
         downloaded: tensors of ``plan.download_specs()``, checked.
         local: tensors the device kept from an earlier round, checked; may be empty.
+        max_lora_rank: highest rank of low-rank factors that the device trains, at least 1.
 
     Returns:
         Arrays by name; nothing is shared with the arguments.
@@ -118,8 +121,8 @@ def start_state(plan: Plan, downloaded: Tensors, local: Tensors) -> Tensors:
         kept = local.get(spec.name) if spec.origin == "local" else None
         if kept is not None:
             state[spec.name] = np.array(kept)
-        elif spec.origin == "zeros":
-            state[spec.name] = np.zeros(spec.shape, spec.dtype)
+        elif spec.origin in ("zeros", "ones"):
+            state[spec.name] = constant_start(spec, max_lora_rank)
         elif not spec.copy_of:
             state[spec.name] = np.array(downloaded[spec.name])
     for spec in plan.tensors:

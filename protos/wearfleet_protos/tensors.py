@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_TENSOR_BYTES",
+    "NO_RANK_LIMIT",
     "Digest",
     "Origin",
     "TensorGroup",
@@ -31,6 +33,7 @@ __all__ = [
     "TensorSpec",
     "check_finite",
     "check_tensors",
+    "constant_start",
     "decode_tensors",
     "digest_of",
     "encode_tensors",
@@ -42,10 +45,13 @@ __all__ = [
 Digest = NewType("Digest", str)
 """Content address: ``sha256:`` and 64 lower-case hexadecimal digits."""
 
-Origin = Literal["global", "local", "zeros", "copy"]
+Origin = Literal["global", "local", "zeros", "ones", "copy"]
 
 MAX_TENSOR_BYTES: Final = 512 * 1024 * 1024
 """Largest tensor file that is read, in bytes."""
+
+NO_RANK_LIMIT: Final = sys.maxsize
+"""A device's highest rank of low-rank factors when it has none: that of every network."""
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _WIRE_TYPES: Final = {
@@ -65,7 +71,11 @@ _MAX_HEADER_BYTES: Final = 16 * 1024 * 1024
 
 
 class TensorRole(StrEnum):
-    """What a tensor is to a federated algorithm; exactly one role a tensor."""
+    """What a tensor is to a federated algorithm; exactly one role a tensor.
+
+    LORA_RANK says which of the R columns of LORA_B and rows of LORA_A a client uses: 1 for the first ones, 0 for those
+    beyond the highest rank that the device allows.
+    """
 
     SHARED = "SHARED"
     NORM_AFFINE = "NORM_AFFINE"
@@ -75,6 +85,7 @@ class TensorRole(StrEnum):
     FROZEN = "FROZEN"
     LORA_A = "LORA_A"
     LORA_B = "LORA_B"
+    LORA_RANK = "LORA_RANK"
     CLIENT_EMB = "CLIENT_EMB"
     AUX = "AUX"
 
@@ -101,8 +112,8 @@ class TensorSpec:
         role: what an algorithm may do with it.
         group: which part of the training state it is.
         origin: where a round gets its first value: ``global`` downloaded, ``local`` the device's persisted
-            value (when there is none, the downloaded one, or the copy where ``copy_of`` is given), ``zeros``, or
-            ``copy`` of ``copy_of``.
+            value (when there is none, the downloaded one, or the copy where ``copy_of`` is given), ``zeros``,
+            ``ones``, or ``copy`` of ``copy_of``; LORA_RANK is (R,) with ``ones``, of which the device clears some.
         copy_of: name of the tensor copied at the start of a round; with origin ``copy``, and possible with ``local``.
 
     Raises:
@@ -130,7 +141,12 @@ class TensorSpec:
             self.copy_of and self.origin not in ("copy", "local")
         ):
             raise ShapeError(
-                f"tensor {self.name}: origin 'copy' needs copy_of, and 'global' and 'zeros' have none"
+                f"tensor {self.name}: origin 'copy' needs copy_of, and 'global', 'zeros' and 'ones' have none"
+            )
+        if self.role == TensorRole.LORA_RANK and (len(self.shape), self.origin) != (1, "ones"):
+            raise ShapeError(
+                f"tensor {self.name}: role LORA_RANK needs one dimension and origin 'ones', got {self.shape} and "
+                f"{self.origin!r}"
             )
 
     @property
@@ -175,6 +191,19 @@ def schema_hash(specs: Iterable[TensorSpec]) -> Digest:
         if s.group in (TensorGroup.PARAM, TensorGroup.BUFFER)
     ]
     return digest_of(canonical_json(rows))
+
+
+def constant_start(spec: TensorSpec, max_lora_rank: int = NO_RANK_LIMIT) -> NDArray[np.generic]:
+    """First value of a tensor with origin ``zeros`` or ``ones``.
+
+    Args:
+        spec: of the tensor.
+        max_lora_rank: so many numbers of a tensor of role LORA_RANK stay 1, at least 1.
+    """
+    made: NDArray[np.generic] = np.full(spec.shape, float(spec.origin == "ones"), spec.dtype)
+    if spec.role == TensorRole.LORA_RANK:
+        made[max_lora_rank:] = 0
+    return made
 
 
 def encode_tensors(

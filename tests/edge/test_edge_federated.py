@@ -10,8 +10,16 @@ from edge.tiny_graphs import CONTRACT, TENSORS, make_plan
 from wearfleet_edge.transport.cloud import Receipt, ReceiptStatus, Stage
 from wearfleet_edge.wearer import Wearer
 from wearfleet_protos.errors import ConflictError, TransportError
-from wearfleet_protos.plan import Budget
-from wearfleet_protos.tensors import decode_tensors, digest_of, tensor_metadata
+from wearfleet_protos.plan import Budget, UploadSpec
+from wearfleet_protos.tensors import (
+    NO_RANK_LIMIT,
+    TensorGroup,
+    TensorRole,
+    TensorSpec,
+    decode_tensors,
+    digest_of,
+    tensor_metadata,
+)
 
 
 @pytest.fixture
@@ -46,6 +54,21 @@ def test_the_next_round_starts_from_the_kept_local_tensors(bench):
     assert second.metrics["evaluate_before/loss_sum"] != first.metrics["evaluate_before/loss_sum"]
     assert not np.array_equal(bench.kept()["norm.mean"], kept)
     assert not second.local_state_reset
+
+
+def test_a_device_starts_from_no_higher_rank_than_it_allows(bench):
+    tiny = make_plan()
+    ranks = TensorSpec("ranks", "float32", (4,), TensorRole.LORA_RANK, TensorGroup.AUX, "ones")
+    upload = UploadSpec((TensorRole.LORA_RANK,), (TensorGroup.AUX,), "value")
+    tiny = replace(tiny, plan=replace(tiny.plan, tensors=(*tiny.plan.tensors, ranks), upload=upload))
+    found = []
+    for number, limit in enumerate((3, NO_RANK_LIMIT), start=1):
+        bench.worker._device = replace(bench.worker._device, max_lora_rank=limit)
+        bench.offer(tiny, round_number=number)
+        bench.worker.step()
+        sent = bench.cloud.blobs[bench.cloud.submissions[-1].update_digest]
+        found.append(decode_tensors(sent, tiny.plan.upload_specs())["ranks"].tolist())
+    assert found == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
 def test_damaged_local_tensors_are_reported_as_reset(bench):

@@ -230,6 +230,8 @@ def test_settings_from_a_file_replace_the_defaults(tmp_path):
         ("[sensor]\nrepeat = 1", "repeat must be bool"),
         ("[outbox]\nmax_messages = 0", "at least 1"),
         ("[federation]\nholdout_fraction = 1.0", "between 0 and 1"),
+        ("[federation]\nmax_lora_rank = 0", r"federation\.max_lora_rank must be at least 1"),
+        ("[federation]\nmax_lora_rank = 2.0", r"federation\.max_lora_rank must be int"),
         ("[broker]\nport = 70000", "1 to 65535"),
         ("not toml", "not TOML"),
     ],

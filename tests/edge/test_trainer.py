@@ -24,7 +24,7 @@ from wearfleet_edge.trainer import (
 from wearfleet_protos.batching import batches
 from wearfleet_protos.errors import DeniedError, IntegrityError, ProtocolError, ShapeError
 from wearfleet_protos.plan import Budget, OutputBinding
-from wearfleet_protos.tensors import TensorGroup, digest_of
+from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec, digest_of
 from wearfleet_protos.windowing import LabelledWindows, WindowSpec, split_by_time
 
 
@@ -121,6 +121,19 @@ def test_zeros_and_copies_start_as_the_plan_says():
     np.testing.assert_array_equal(state["momentum"], np.zeros((2, 3), np.float32))
     np.testing.assert_array_equal(state["anchor"], TENSORS["head.weight"])
     assert state["anchor"] is not state["head.weight"]
+
+
+def test_a_limit_clears_what_is_beyond_it_and_nothing_else():
+    plan = make_plan().plan
+    ranks = TensorSpec("ranks", "float32", (4,), TensorRole.LORA_RANK, TensorGroup.AUX, "ones")
+    others = replace(ranks, name="others", role=TensorRole.AUX)
+    plan = replace(plan, tensors=(*plan.tensors, ranks, others))
+    for limit, expected in ((1, [1, 0, 0, 0]), (3, [1, 1, 1, 0]), (4, [1, 1, 1, 1]), (9, [1, 1, 1, 1])):
+        state = start_state(plan, TENSORS, {}, max_lora_rank=limit)
+        assert state["ranks"].tolist() == expected
+        assert state["others"].tolist() == [1, 1, 1, 1]
+        assert state["ranks"].dtype == np.float32
+    assert start_state(plan, TENSORS, {})["ranks"].tolist() == [1, 1, 1, 1]
 
 
 def test_update_holds_the_difference_of_uploaded_roles_only(data):
