@@ -21,7 +21,7 @@ from wearfleet_edge.trainer import Limits, PlanResult, personal_tensors, run_pla
 from wearfleet_edge.wearer import Wearer
 from wearfleet_protos.codecs import Residual
 from wearfleet_protos.recording import load_recordings
-from wearfleet_protos.tensors import Digest, decode_tensors, digest_of
+from wearfleet_protos.tensors import NO_RANK_LIMIT, Digest, decode_tensors, digest_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +43,7 @@ def windows_of(recording: Path, contract: InputContract) -> TrainingData:
 
 @dataclass
 class Replay:
-    """A run done again; ``kept`` are the tensors of each device after the rounds so far.
+    """A run done again; ``kept`` are the tensors of each device after the rounds so far, ``ranks`` what some allow.
 
     Args:
         strategy: name.
@@ -62,6 +62,7 @@ class Replay:
     artifacts: Blobs
     kept: dict[str, Arrays] = field(default_factory=dict)
     owed: dict[str, Residual] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def updates(self, done: Round) -> Iterator[tuple[Receipt, Arrays, PlanResult]]:
         """What each accepted update of a round must have been, as the service reads it; changes what devices keep.
@@ -118,7 +119,8 @@ class Replay:
         self, device: str, number: int, tensors: Arrays, state: Arrays
     ) -> tuple[dict[str, Any], PlanResult]:
         received = create_strategy(self.strategy, self.options).received(device, tensors, state)
-        before = start_state(self.plan, dict(received), dict(self.kept.get(device, {})))
+        kept, limit = dict(self.kept.get(device, {})), self.ranks.get(device, NO_RANK_LIMIT)
+        before = start_state(self.plan, dict(received), kept, max_lora_rank=limit)
         data = self.people[device]
         return before, run_plan(self.plan, self.graphs, before, data, round_number=number, limits=_LIMITS)
 

@@ -51,6 +51,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.timeout(300)]
 
 TRAINING = {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}
 SEED = 2
+LIMITED, LIMIT = PEOPLE[1], 2
+"""Whose device trains no higher rank of EPFL's factors."""
 NOISE = {"noise_multiplier": 1.0, "clip": 0.05}
 
 
@@ -142,6 +144,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         fleet.start_service()
         for person in PEOPLE:
             fleet.enrol(person)
+        fleet.device(LIMITED).config.write_text(f"[federation]\nmax_lora_rank = {LIMIT}\n")
         reference = root / "reference"
         fleet.processes.call(
             "train",
@@ -212,7 +215,10 @@ def run_to_its_end(place: Place, case: Case) -> Run:
         device: windows_of(fleet.kit.recordings[name], plan.contract)
         for name, device in fleet.device_ids.items()
     }
-    replay = Replay(case.strategy, options, plan, graphs, people, Blobs(fleet.cloud / "artifacts"))
+    replay = Replay(
+        case.strategy, options, plan, graphs, people, Blobs(fleet.cloud / "artifacts"),
+        ranks={fleet.device_ids[LIMITED]: LIMIT},
+    )  # fmt: skip
     *trained, last = [Round.from_dict(row.snapshot) for row in rounds]
     return Run(case, run_id, rounds, submissions, replay, tuple(trained), last)
 

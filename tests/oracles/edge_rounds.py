@@ -12,6 +12,7 @@ from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_edge.trainer import Limits, PlanResult, TrainingData, run_plan, start_state, upload_tensors
 from wearfleet_models.classifier import Classifier
+from wearfleet_protos.tensors import NO_RANK_LIMIT
 from wearfleet_protos.windowing import LabelledWindows
 
 SEED = 7
@@ -23,7 +24,8 @@ Split = Mapping[str, LabelledWindows]
 class Federation:
     """A strategy over some clients; ``round`` changes ``tensors``, ``state`` and ``local``.
 
-    A client in ``lost`` trains, but its update is not accepted: it keeps what it had.
+    A client in ``lost`` trains, but its update is not accepted: it keeps what it had. ``ranks`` are the highest ranks
+    that clients allow; the others have no limit.
     """
 
     strategy: Strategy
@@ -33,6 +35,7 @@ class Federation:
     state: Arrays = field(default_factory=dict)
     local: dict[str, Arrays] = field(default_factory=dict)
     number: int = 0
+    ranks: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.plan, self.graphs = build_plan(self.strategy, self.network, CONTRACT, plan_id="p", seed=SEED)
@@ -60,7 +63,9 @@ class Federation:
     def client(self, name: str) -> tuple[PlanResult, Arrays]:
         """One client's part, from what the server and the device have."""
         received = self.strategy.received(name, self.tensors, self.state)
-        before = start_state(self.plan, dict(received), dict(self.local.get(name, {})))
+        limit = self.ranks.get(name, NO_RANK_LIMIT)
+        kept = dict(self.local.get(name, {}))
+        before = start_state(self.plan, dict(received), kept, max_lora_rank=limit)
         data = TrainingData(self.clients[name]["train"], self.clients[name]["holdout"])
         result = run_plan(self.plan, self.graphs, before, data, round_number=self.number, limits=LIMITS)
         return result, upload_tensors(self.plan, before, result.state)

@@ -27,8 +27,8 @@ def run_plan(
     for spec in plan.tensors:
         if spec.copy_of and not (spec.origin == "local" and spec.name in persisted):
             state[spec.name] = state[spec.copy_of].copy()
-        elif spec.origin == "zeros":
-            state[spec.name] = np.zeros(spec.shape, spec.dtype)
+        elif spec.origin in ("zeros", "ones"):
+            state[spec.name] = np.full(spec.shape, float(spec.origin == "ones"), spec.dtype)
         else:
             source = persisted if spec.origin == "local" and spec.name in persisted else downloaded
             state[spec.name] = np.array(source[spec.name])

@@ -69,7 +69,9 @@ def _simulate(
     ] = 0,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Hyper-parameter, or attack and attacker_share, name=value; repeatable."),
+        typer.Option(
+            "--set", help="name=value: hyper-parameter, attack and attacker_share, ranks of clients in turn."
+        ),
     ] = None,
     backbone: Annotated[
         str, typer.Option("--backbone", help="Of a network with random first weights.")
@@ -95,6 +97,8 @@ def _simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and no progress.")] = False,
 ) -> None:
     """Simulate a federation on the people of a data set, or on clients with skewed labels."""
+    from dataclasses import replace
+
     from wearfleet_protos.errors import ConfigError
 
     from wearfleet_cloud.cli.plan import parse_settings
@@ -104,12 +108,13 @@ def _simulate(
     from wearfleet_cloud.federated.cohort import CohortPolicy
     from wearfleet_cloud.federated.round_record import RoundPolicy
     from wearfleet_cloud.federated.simulate import Simulation
-    from wearfleet_cloud.federated.simulated_clients import split_hash
+    from wearfleet_cloud.federated.simulated_clients import split_hash, with_ranks
 
     if wire and ray is not None:
         raise ConfigError("--wire runs on this machine alone; leave --ray or --wire out")
     options = parse_settings(settings or [])
-    attack, of_strategy = _attack(options)
+    attack, others = _attack(options)
+    ranks, of_strategy = _ranks(others)
     chosen = create_strategy(strategy, of_strategy)
     simulation = Simulation(
         rounds,
@@ -125,6 +130,8 @@ def _simulate(
     population = _population(
         prepared, clients, unseen, split=split, alpha=alpha, seed=seed, validated=validated
     )
+    if ranks:
+        population = replace(population, clients=with_ranks(population.clients, ranks))
     trained = None if run is None else _trained(run, prepared)
     begin = _model(prepared, population, backbone, seed) if trained is None else trained.model
     model = chosen.network(begin, seed)
@@ -212,6 +219,21 @@ def _attack(options: Mapping[str, object]) -> tuple[Attack, dict[str, object]]:
     own = option_names(Attack)
     attack = Attack(**parse_options(Attack, {name: v for name, v in options.items() if name in own}))
     return attack, {name: value for name, value in options.items() if name not in own}
+
+
+def _ranks(options: Mapping[str, object]) -> tuple[tuple[int, ...], dict[str, object]]:
+    """Highest ranks that clients allow, in turn (none: no limits), and the other options."""
+    from wearfleet_protos.errors import ConfigError
+
+    others = {name: value for name, value in options.items() if name != "ranks"}
+    if len(others) == len(options):
+        return (), others
+    try:
+        return tuple(int(number) for number in str(options["ranks"]).split(",")), others
+    except ValueError as error:
+        raise ConfigError(
+            f"ranks must be whole numbers with commas between, as in 2,4,8, got {options['ranks']!r}"
+        ) from error
 
 
 def _attacked(
@@ -339,7 +361,8 @@ def device_engine(
 
     kept = stored.tensors
     local: dict[str, Any] = decode_tensors(kept, plan.local_specs()) if kept else {}
-    before = start_state(plan, decode_tensors(tensors, plan.download_specs()), local)
+    downloaded = decode_tensors(tensors, plan.download_specs())
+    before = start_state(plan, downloaded, local, max_lora_rank=client.max_lora_rank)
     limits = Limits(plan.budget.seconds, float("inf"), lambda: 0, time.monotonic, lambda: False)
     data = TrainingData(client.train, client.holdout)
     result = run_plan(plan, graphs, before, data, round_number=round_number, limits=limits, source=source)

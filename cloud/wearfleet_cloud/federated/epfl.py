@@ -3,10 +3,14 @@
 Source: FHBench's EPFL, arXiv:2504.10817; specs/federated.md section 9.
 Differs: low-rank layers are found by their role (the authors' audio variant looks for names that its library does not
 use and exchanges nothing), and their A is mixed for every kind of data (their time-series variant averages it);
-a client sends a random projection of each B, not B; distances of 0 are guarded; absent clients count with their last
-factors; no dropout before A; one rank for all clients.
+a client sends a random projection of each column of B, not B; distances of 0 are guarded; absent clients count with
+their last factors; no dropout before A.
+Ranks: the network has R; a device may use fewer (r_i, ``factor_masks``). Two are compared over the columns that both
+have, and row k of A is mixed and averaged over the clients that have it (``factor_ranks``). The scale alpha / R is the
+network's, whatever a client's rank: a column then means the same to all. What is sent has the shapes of R.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -15,9 +19,16 @@ from numpy.typing import NDArray
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.tensors import TensorGroup, TensorRole
 
-from wearfleet_cloud.federated.aggregate import Arrays
+from wearfleet_cloud.federated.aggregate import Arrays, Contribution, Mean
 from wearfleet_cloud.federated.base import StrategyInfo
-from wearfleet_cloud.federated.client_similarity import wasserstein_distances
+from wearfleet_cloud.federated.client_models import ClientModels
+from wearfleet_cloud.federated.factor_ranks import (
+    RANK,
+    checked_ranks,
+    column_distances,
+    mean_of_rows,
+    mixed_rows,
+)
 from wearfleet_cloud.federated.mixtures import MIXTURE_OPTIONS, MixtureStrategy
 
 if TYPE_CHECKING:
@@ -36,7 +47,7 @@ class EPFL(MixtureStrategy):
     """Personal mixtures of low-rank factors on a frozen Transformer.
 
     Args:
-        rank: r of the factors, at least 1.
+        rank: R of the factors, at least 1; a device may use fewer.
         layers: whose B are compared: ``all``, or the ``first`` or ``second`` half of them.
 
     Raises:
@@ -46,13 +57,14 @@ class EPFL(MixtureStrategy):
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="epfl",
         paper="FHBench 2025, arXiv:2504.10817",
+        version=2,
         uploaded=(TensorRole.LORA_A, TensorRole.AUX),
         kept_local=(TensorRole.LORA_B, TensorRole.HEAD),
         phases=("evaluate_before", "train", "sketch", "evaluate_after"),
         composes_with=("compression", "partial_participation"),
         hyper_parameters={
             **MIXTURE_OPTIONS,
-            "rank": "of the low-rank factors of queries and values, >= 1",
+            "rank": "of the low-rank factors of queries and values, >= 1; a device may use fewer",
             "layers": "whose factors B are compared: all, first or second (half of them)",
         },
         uploaded_groups=(TensorGroup.PARAM, TensorGroup.BUFFER, TensorGroup.AUX),
@@ -81,7 +93,7 @@ class EPFL(MixtureStrategy):
         return derived(model, seed, lora_rank=self.rank, frozen="backbone")
 
     def client(self, model: "Classifier") -> "ClientProgram":
-        """Local epochs of A, B and head; then a projection of each B.
+        """Local epochs of A, B and head within the device's rank; then a projection of each B.
 
         Raises:
             ConfigError: the model has no low-rank factors of this rank, or is not frozen.
@@ -91,6 +103,7 @@ class EPFL(MixtureStrategy):
             model_specs,
             training_phase,
         )
+        from wearfleet_cloud.federated.factor_masks import within_rank  # noqa: PLC0415
         from wearfleet_cloud.federated.factor_sketches import sketch_phase  # noqa: PLC0415
 
         if (model.spec.lora_rank, model.spec.frozen) != (self.rank, "backbone"):
@@ -101,13 +114,32 @@ class EPFL(MixtureStrategy):
         train, slots = training_phase(model, self.local, roles=_TRAINED)
         sketch, specs = sketch_phase(model, self.local)
         tensors = (*model_specs(model, self.info.kept_local), *slots, *specs)
-        return measured(model, self.local, tensors, (train, sketch))
+        return within_rank(measured(model, self.local, tensors, (train, sketch)))
 
     def distances(self, features: Arrays) -> NDArray[Any]:
-        """d_ij = mean over layers of ||B_i - B_j||_F, from the projections."""
-        arrays = [np.asarray(array, np.float64) for array in features.values()]
+        """d_ij = mean over layers of ||B_i - B_j||_F over common columns, from the projections."""
+        arrays = [np.asarray(array, np.float64) for name, array in features.items() if name != RANK]
         half = (len(arrays) + 1) // 2
         chosen = {"all": arrays, "first": arrays[:half], "second": arrays[half:]}[self.layers]
-        factors = np.concatenate(chosen, axis=1)
-        sizes = [array.shape[1] for array in chosen]
-        return wasserstein_distances(factors, np.zeros_like(factors), sizes, squared=False) / len(chosen)
+        return column_distances(chosen, np.asarray(features[RANK]).astype(np.int64))
+
+    def mixtures(self, models: ClientModels) -> dict[str, NDArray[Any]]:
+        """Row by row, over the clients that have it."""
+        return mixed_rows(self.weights(models), models.last, self._ranks(models))
+
+    def common(
+        self,
+        models: ClientModels,
+        parts: Sequence[Contribution],
+        combine: Callable[[Sequence[Contribution]], Mean],
+    ) -> Mean:
+        """Row by row, over the clients of the round that have it.
+
+        Raises:
+            AggregationError: a client's rank is no whole number of 1 to ``rank``.
+        """
+        ranks = self._ranks(models)[models.rows(part.client for part in parts)]
+        return mean_of_rows(combine, parts, ranks)
+
+    def _ranks(self, models: ClientModels) -> NDArray[Any]:
+        return checked_ranks(models.clients, models.features[RANK], self.rank)

@@ -6,7 +6,7 @@ the mean of what came: it is what all receive before the first mixture, and what
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from wearfleet_cloud.federated.aggregate import (
     Averaged,
     Averaging,
     Contribution,
+    Mean,
     check_update,
     moved,
 )
@@ -81,6 +82,25 @@ class MixtureStrategy(AveragingStrategy, ABC):
     def distances(self, features: Arrays) -> Array:
         """(N, N) distances between clients, from their features, (N, ...) each, in the order of the plan."""
 
+    def mixtures(self, models: ClientModels) -> dict[str, Array]:
+        """What every client receives next: tensor -> (N, ...)."""
+        return mixed(self.weights(models), models.last)
+
+    def common(
+        self,
+        models: ClientModels,  # noqa: ARG002 - all have whole tensors
+        parts: Sequence[Contribution],
+        combine: Callable[[Sequence[Contribution]], Mean],
+    ) -> Mean:
+        """The mean of what the clients of a round have, as a difference to the global tensors.
+
+        Args:
+            models: of all clients, with those of the round.
+            parts: of the clients of the round, in the order of their names; each can be loaded again.
+            combine: makes the mean of some of them by the operator's rule.
+        """
+        return combine(parts)
+
     def mixes(self, aggregation: int) -> bool:  # noqa: ARG002 - others wait
         """Whether clients receive mixtures after this aggregation, which counts from 1."""
         return True
@@ -116,9 +136,9 @@ class MixtureStrategy(AveragingStrategy, ABC):
             replace(c, load=partial(_difference, models, row, current))
             for c, row in zip(parts, rows, strict=True)
         ]
-        mean = self.averaging.combine(specs, upload, current, differences)
+        mean = self.common(models, differences, partial(self.averaging.combine, specs, upload, current))
         if self.mixes(models.aggregations):
-            models = replace(models, own=mixed(self.weights(models), models.last))
+            models = replace(models, own=self.mixtures(models))
         return Averaged(moved(current, mean, upload), mean, models.to_state())
 
     def weights(self, models: ClientModels) -> Array:

@@ -15,7 +15,7 @@ from wearfleet_models.classifier import Classifier
 from wearfleet_protos.batching import part_of, rng_key
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.records import SecretSource, Source, expected_batch, steps_of
-from wearfleet_protos.tensors import TensorSpec
+from wearfleet_protos.tensors import NO_RANK_LIMIT, TensorSpec, constant_start
 from wearfleet_protos.windowing import LabelledWindows
 
 from wearfleet_cloud.federated.base import Strategy
@@ -46,6 +46,7 @@ def run_client(
     seed: int,
     round_number: int,
     source: Source | None = None,
+    max_lora_rank: int = NO_RANK_LIMIT,
 ) -> ClientResult:
     """One round of one client.
 
@@ -58,6 +59,7 @@ def run_client(
         seed: of the plan.
         round_number: from 1.
         source: of secret batches and their noise; None for the operating system's.
+        max_lora_rank: highest rank of low-rank factors that the client trains.
 
     Raises:
         ConfigError: a split has no windows.
@@ -66,7 +68,7 @@ def run_client(
     drawn = SecretSource() if source is None else source
     start: Tensors = {}
     for spec in program.tensors:
-        start[spec.name] = _first_value(spec, downloaded, persisted, start)
+        start[spec.name] = _first_value(spec, downloaded, persisted, start, max_lora_rank)
     state = dict(start)
     metrics: dict[str, float] = {}
     for index, phase in enumerate(program.phases):
@@ -90,13 +92,14 @@ def _first_value(
     downloaded: Mapping[str, NDArray[np.generic]],
     persisted: Mapping[str, NDArray[np.generic]],
     before: Tensors,
+    max_lora_rank: int,
 ) -> Tensor:
     if spec.origin == "local" and spec.name in persisted:
         return torch.from_numpy(np.array(persisted[spec.name]))
     if spec.copy_of:
         return before[spec.copy_of]
-    if spec.origin == "zeros":
-        return torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype))
+    if spec.origin in ("zeros", "ones"):
+        return torch.from_numpy(constant_start(spec, max_lora_rank))
     return torch.from_numpy(np.array(downloaded[spec.name]))
 
 

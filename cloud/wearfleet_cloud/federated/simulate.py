@@ -16,7 +16,7 @@ from wearfleet_models.classifier import Classifier
 from wearfleet_protos.batching import rng_key
 from wearfleet_protos.codecs import Turn
 from wearfleet_protos.errors import AggregationError, ConfigError, ShapeError
-from wearfleet_protos.tensors import TensorSpec, check_finite
+from wearfleet_protos.tensors import NO_RANK_LIMIT, TensorRole, TensorSpec, check_finite
 
 from wearfleet_cloud.data.dataset import Progress, silent
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution, check_update, uploaded
@@ -172,11 +172,12 @@ def simulate(
 
     Raises:
         AggregationError: a round's average is not finite, training diverged; or a robust rule skipped every round.
-        ConfigError: the strategy's privacy cannot protect what it uploads.
+        ConfigError: the strategy's privacy cannot protect what it uploads, or a client limits a rank that is not there.
     """
     population = _measured(population, simulation)
     runner = runner_of(strategy)
     check_private(strategy, runner.specs)
+    _check_ranks(strategy, runner.specs, population.clients)
     clients = {client.name: client for client in population.clients}
     sums = _sums(strategy, machine_of, simulation.seed)
     downloads = SimulatedDownloads(download_format(strategy, runner.specs, simulation.seed))
@@ -323,6 +324,14 @@ def _sums(strategy: Strategy, machine_of: MachineOf | None, seed: int) -> Simula
     if machine_of is None:
         raise ConfigError("secagg=on needs the members' machines: give machine_of")
     return SimulatedSums(strategy.secure, strategy.averaging.weighting == "uniform", machine_of, seed)
+
+
+def _check_ranks(strategy: Strategy, specs: Sequence[TensorSpec], clients: Sequence[SimulatedClient]) -> None:
+    limited = any(client.max_lora_rank != NO_RANK_LIMIT for client in clients)
+    if limited and all(spec.role != TensorRole.LORA_RANK for spec in specs):
+        raise ConfigError(
+            f"clients limit a rank, and {strategy.info.name} has no low-rank factors; use epfl, or leave ranks out"
+        )
 
 
 def _fault(result: ClientRound, sent: Sequence[TensorSpec]) -> str:

@@ -2,20 +2,21 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from wearfleet_protos.batching import rng_key
 from wearfleet_protos.errors import ConfigError
+from wearfleet_protos.tensors import NO_RANK_LIMIT
 from wearfleet_protos.windowing import LabelledWindows, split_again_by_time, split_by_time
 
 if TYPE_CHECKING:
     from wearfleet_cloud.data.prepared import Prepared
 
-__all__ = ["SimulatedClient", "label_skew", "people", "split_hash"]
+__all__ = ["SimulatedClient", "label_skew", "people", "split_hash", "with_ranks"]
 
 _STREAM: Final = 0x51A7
 _HOLDOUT: Final = 0.3
@@ -34,12 +35,21 @@ class SimulatedClient:
         train: windows to learn from.
         holdout: windows that are only measured on.
         validation: windows that a protocol chooses by, if there are any.
+        max_lora_rank: highest rank of low-rank factors that it trains, as in a device's settings.
+
+    Raises:
+        ConfigError: the rank is below 1.
     """
 
     name: str
     train: LabelledWindows
     holdout: LabelledWindows
     validation: LabelledWindows | None = None
+    max_lora_rank: int = NO_RANK_LIMIT
+
+    def __post_init__(self) -> None:
+        if self.max_lora_rank < 1:
+            raise ConfigError(f"max_lora_rank of {self.name} must be at least 1, got {self.max_lora_rank}")
 
     def usable(self) -> bool:
         """Whether each part has windows."""
@@ -93,6 +103,17 @@ def people(prepared: "Prepared", most: int = 0, *, validated: bool = False) -> t
     return tuple(client for client in clients if client.usable())
 
 
+def with_ranks(clients: Sequence[SimulatedClient], ranks: Sequence[int]) -> tuple[SimulatedClient, ...]:
+    """The clients with these highest ranks in turn.
+
+    Raises:
+        ConfigError: a rank is below 1.
+    """
+    return tuple(
+        replace(client, max_lora_rank=rank) for client, rank in zip(clients, cycle(ranks), strict=False)
+    )
+
+
 def label_skew(
     x: NDArray[np.float32], y: NDArray[np.int64], clients: int, alpha: float, seed: int
 ) -> tuple[SimulatedClient, ...]:
@@ -127,8 +148,8 @@ def label_skew(
     made: list[SimulatedClient] = []
     for begin, end in pairwise(bounds):
         for rows in _shared_by_two(order[begin:end], y, alpha, generator):
-            parts = (_windows(x, y, part) for part in _parts(rows, y, generator))
-            made.append(SimulatedClient(f"client-{len(made):04d}", *parts))
+            train, holdout, validation = (_windows(x, y, part) for part in _parts(rows, y, generator))
+            made.append(SimulatedClient(f"client-{len(made):04d}", train, holdout, validation))
     return tuple(made)
 
 

@@ -18,7 +18,7 @@ from wearfleet_protos.batching import part_of, rng_key
 from wearfleet_protos.codecs import FLOAT32, Residual, UpdateFormat
 from wearfleet_protos.privacy import protected
 from wearfleet_protos.records import Source, expected_batch, steps_of
-from wearfleet_protos.tensors import TensorSpec
+from wearfleet_protos.tensors import TensorSpec, constant_start
 from wearfleet_protos.windowing import LabelledWindows
 
 from wearfleet_cloud.federated.aggregate import Arrays
@@ -145,7 +145,8 @@ class StackedClients:
         kept: Mapping[str, Kept],
     ) -> list[ClientRound]:
         before = [kept.get(client.name, Kept()) for client in clients]
-        state = self._start(received, [had.tensors for had in before])
+        limits = [client.max_lora_rank for client in clients]
+        state = self._start(received, [had.tensors for had in before], limits)
         start = {name: state[name].clone() for name in self._sent}
         sums: list[dict[str, float]] = [{} for _ in clients]
         steps = np.zeros(len(clients), np.int64)
@@ -188,16 +189,16 @@ class StackedClients:
         encoded = self._format.encode(update, residual, round_number=round_number, client=client)
         return self._format.decode(encoded.data), len(encoded.data), encoded.residual
 
-    def _start(self, received: Sequence[Arrays], kept: Sequence[Arrays]) -> Tensors:
-        """First values, (clients, ...) each."""
+    def _start(self, received: Sequence[Arrays], kept: Sequence[Arrays], limits: Sequence[int]) -> Tensors:
+        """First values, (clients, ...) each; ``limits`` are the clients' highest ranks."""
         state: Tensors = {}
         for spec in self.specs:
             own = [k[spec.name] if spec.origin == "local" and spec.name in k else None for k in kept]
             if spec.copy_of:
                 common = state[spec.copy_of].clone()
-            elif spec.origin == "zeros":
-                zeros = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
-                common = zeros.expand(len(kept), *spec.shape).clone()
+            elif spec.origin in ("zeros", "ones"):
+                made = {limit: constant_start(spec, limit) for limit in set(limits)}
+                common = self._stacked([made[limit] for limit in limits])
             else:
                 common = self._stacked([tensors[spec.name] for tensors in received])
             for row, array in enumerate(own):

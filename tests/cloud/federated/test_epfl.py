@@ -8,6 +8,7 @@ from oracles.epfl import mixed_rounds
 from oracles.small_federation import CONTRACT, arrays, model, splits
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated.factor_masks import HELD
 from wearfleet_cloud.federated.factor_sketches import sketch_phase
 from wearfleet_cloud.federated.simulate import Population, Simulation, simulate
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
@@ -93,7 +94,7 @@ def test_a_new_network_answers_as_the_one_it_was_derived_from() -> None:
 def test_sketches_of_large_factors_keep_distances() -> None:
     network = derived(model("transformer"), lora_rank=16, frozen="backbone")
     phase, specs = sketch_phase(network, LocalTraining())
-    assert {s.shape for s in specs} == {(256,)}
+    assert {s.shape for s in specs} == {(16, 16), ()}
     generator = torch.Generator().manual_seed(1)
     factors = [
         {
@@ -103,12 +104,16 @@ def test_sketches_of_large_factors_keep_distances() -> None:
         }
         for _ in range(2)
     ]
-    sketches = [phase.step(dict(f)) for f in factors]
+    sketches = [phase.step({**f, HELD: torch.ones(16)}) for f in factors]
     for layer, name in enumerate(n for n in network.state_dict() if n.endswith("_b")):
         exact = float((factors[0][name] - factors[1][name]).norm())
         sketched = float((sketches[0][f"sketch/{layer}"] - sketches[1][f"sketch/{layer}"]).norm())
         # relative standard deviation of the square is sqrt(2 / 256) = 9 %, of the root half of it; four of them
         assert abs(sketched / exact - 1.0) < 0.18
+        few = [(f[name][:, :4], s[f"sketch/{layer}"][:4]) for f, s in zip(factors, sketches, strict=True)]
+        exact, sketched = (float((one - other).norm()) for one, other in zip(*few, strict=True))
+        # 4 columns of 16 numbers: sqrt(2 / 64) = 18 %, as above
+        assert abs(sketched / exact - 1.0) < 0.36
 
 
 def test_other_backbones_and_ranks_are_refused() -> None:

@@ -190,6 +190,21 @@ def test_impossible_label_skew_is_refused(numbers: tuple[int, float]) -> None:
         label_skew(pool.x, pool.y, *numbers, seed=1)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "words"), [("2,4", "fedavg has no low-rank factors"), ("2;4", "2;4"), ("0", "at least 1")]
+)
+def test_ranks_of_clients_that_make_no_sense_end_the_command(tmp_path: Path, ranks: str, words: str) -> None:
+    app = typer.Typer()
+    register(app)
+    app.command("other")(lambda: None)
+    options = ["--dataset", "simulator", "--clients", "3", "--rounds", "1", "--set", f"ranks={ranks}"]
+    folders = ["--out", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")]
+    with pytest.raises(ConfigError, match=words):
+        CliRunner().invoke(
+            app, ["simulate", "--strategy", "fedavg", *options, *folders], catch_exceptions=False
+        )
+
+
 @pytest.mark.slow
 def test_the_command_adds_a_row_a_run_and_replaces_one_that_is_made_again(tmp_path: Path) -> None:
     app = typer.Typer()
