@@ -24,10 +24,10 @@ from wearfleet_cloud.federated.base import StrategyInfo
 from wearfleet_cloud.federated.client_models import ClientModels
 from wearfleet_cloud.federated.factor_ranks import (
     RANK,
-    checked_ranks,
     column_distances,
     mean_of_rows,
     mixed_rows,
+    rank_fault,
 )
 from wearfleet_cloud.federated.mixtures import MIXTURE_OPTIONS, MixtureStrategy
 
@@ -123,6 +123,10 @@ class EPFL(MixtureStrategy):
         chosen = {"all": arrays, "first": arrays[:half], "second": arrays[half:]}[self.layers]
         return column_distances(chosen, np.asarray(features[RANK]).astype(np.int64))
 
+    def fault(self, features: Arrays) -> str:
+        """No rank of the network."""
+        return rank_fault(float(features[RANK]), self.rank)
+
     def mixtures(self, models: ClientModels) -> dict[str, NDArray[Any]]:
         """Row by row, over the clients that have it."""
         return mixed_rows(self.weights(models), models.last, self._ranks(models))
@@ -133,13 +137,9 @@ class EPFL(MixtureStrategy):
         parts: Sequence[Contribution],
         combine: Callable[[Sequence[Contribution]], Mean],
     ) -> Mean:
-        """Row by row, over the clients of the round that have it.
-
-        Raises:
-            AggregationError: a client's rank is no whole number of 1 to ``rank``.
-        """
+        """Row by row, over the clients of the round that have it."""
         ranks = self._ranks(models)[models.rows(part.client for part in parts)]
         return mean_of_rows(combine, parts, ranks)
 
     def _ranks(self, models: ClientModels) -> NDArray[Any]:
-        return checked_ranks(models.clients, models.features[RANK], self.rank)
+        return np.asarray(models.features[RANK]).astype(np.int64)

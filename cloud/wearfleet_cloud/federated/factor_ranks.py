@@ -10,12 +10,11 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from wearfleet_protos.errors import AggregationError
 
 from wearfleet_cloud.federated.aggregate import Contribution, Mean
 from wearfleet_cloud.federated.client_models import mixed
 
-__all__ = ["RANK", "checked_ranks", "column_distances", "mean_of_rows", "mixed_rows"]
+__all__ = ["RANK", "column_distances", "mean_of_rows", "mixed_rows", "rank_fault"]
 
 Array = NDArray[Any]
 
@@ -23,27 +22,11 @@ RANK: Final = "rank"
 """Name of the number that a client sends: its rank."""
 
 
-def checked_ranks(clients: Sequence[str], claimed: Array, highest: int) -> Array:
-    """Ranks as whole numbers.
-
-    Args:
-        clients: N names.
-        claimed: (N,) what they sent.
-        highest: R of the network.
-
-    Returns:
-        (N,) int64, 1 to R.
-
-    Raises:
-        AggregationError: names the first client whose rank is none.
-    """
-    ranks = np.rint(claimed).astype(np.int64)
-    for client, rank, said in zip(clients, ranks, claimed, strict=True):
-        if rank != said or not 1 <= rank <= highest:
-            raise AggregationError(
-                f"client {client} says its rank is {said:g}, expected is a whole number of 1 to {highest}; look into it"
-            )
-    return ranks
+def rank_fault(claimed: float, highest: int) -> str:
+    """Why a number is no rank of a network of R = ``highest``; empty when it is."""
+    if claimed == round(claimed) and 1 <= claimed <= highest:
+        return ""
+    return f"its rank is {claimed:g}, expected is a whole number of 1 to {highest}"
 
 
 def column_distances(layers: Sequence[Array], ranks: Array) -> Array:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from wearfleet_protos.errors import AggregationError, ConfigError
+from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.tensors import TensorGroup, TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import Arrays
@@ -113,21 +113,19 @@ class FedAP(MixtureStrategy):
         return measured(model, self.local, tensors, (train, statistics))
 
     def distances(self, features: Arrays) -> NDArray[Any]:
-        """Wasserstein distances of the layers' inputs.
-
-        Raises:
-            AggregationError: a variance is negative.
-        """
+        """Wasserstein distances of the layers' inputs."""
         arrays = [np.asarray(array, np.float64) for array in features.values()]
         means, variances = arrays[::2], arrays[1::2]
-        lowest = min(float(v.min()) for v in variances)
-        if lowest < -_ROUNDING:
-            raise AggregationError(f"a client sent a negative variance ({lowest:.3g}) among its statistics")
         sizes = [mean.shape[1] for mean in means]
         deviations = np.sqrt(np.maximum(np.concatenate(variances, axis=1), 0.0))
         return wasserstein_distances(
             np.concatenate(means, axis=1), deviations, sizes, squared=self.distance == "squared"
         )
+
+    def fault(self, features: Arrays) -> str:
+        """A negative variance, beyond rounding."""
+        lowest = min(float(np.min(variance)) for variance in list(features.values())[1::2])
+        return f"a variance among its statistics is negative ({lowest:.3g})" if lowest < -_ROUNDING else ""
 
     def mixes(self, aggregation: int) -> bool:
         """From the first one with a reference, else after the rounds of FedBN."""

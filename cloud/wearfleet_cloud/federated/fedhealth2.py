@@ -6,7 +6,7 @@ Differs: no code or table of the paper was found, so only its three ingredients 
 of the features is shared, ``coral``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -120,10 +120,15 @@ class FedHealth2(FedAP):
 
     def distances(self, features: Arrays) -> NDArray[Any]:
         """By the statistics alone."""
-        kept: Mapping[str, NDArray[Any]] = {
-            name: array for name, array in features.items() if not name.startswith(_PROJECTED)
-        }
-        return FedAP.distances(self, kept)
+        return FedAP.distances(self, _statistics(features))
+
+    def fault(self, features: Arrays) -> str:
+        """As FedAP."""
+        return FedAP.fault(self, _statistics(features))
+
+
+def _statistics(features: Arrays) -> Arrays:
+    return {name: array for name, array in features.items() if not name.startswith(_PROJECTED)}
 
 
 def _pooled_covariance(models: ClientModels) -> NDArray[np.float64]:

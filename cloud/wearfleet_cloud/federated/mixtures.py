@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from wearfleet_protos.errors import ConfigError
+from wearfleet_protos.errors import AggregationError, ConfigError
 from wearfleet_protos.tensors import TensorRole, TensorSpec
 
 from wearfleet_cloud.federated.aggregate import (
@@ -24,10 +24,13 @@ from wearfleet_cloud.federated.aggregate import (
     Mean,
     check_update,
     moved,
+    one_each,
+    uploaded,
 )
 from wearfleet_cloud.federated.base import AveragingStrategy
 from wearfleet_cloud.federated.client_models import ClientModels, mixed
 from wearfleet_cloud.federated.client_similarity import mixture_weights
+from wearfleet_cloud.federated.robust.evidence import Judgement
 from wearfleet_cloud.federated.training_options import LocalTraining
 
 __all__ = ["MIXTURE_OPTIONS", "MixtureStrategy"]
@@ -101,6 +104,14 @@ class MixtureStrategy(AveragingStrategy, ABC):
         """
         return combine(parts)
 
+    def fault(self, features: Arrays) -> str:  # noqa: ARG002 - others look at them
+        """Why the features that one client sent cannot be compared with others'; empty when they can.
+
+        The service cannot see that when the update comes, and one client must not be able to end the round: it is left
+        out, and what it was known by before stays.
+        """
+        return ""
+
     def mixes(self, aggregation: int) -> bool:  # noqa: ARG002 - others wait
         """Whether clients receive mixtures after this aggregation, which counts from 1."""
         return True
@@ -126,9 +137,9 @@ class MixtureStrategy(AveragingStrategy, ABC):
         One update is in memory at a time, beside the last model and the mixture of every client.
 
         Raises:
-            AggregationError: as ``Averaging.combine``.
+            AggregationError: as ``Averaging.combine``; or no client's features can be compared.
         """
-        parts = sorted(contributions, key=lambda c: c.client)
+        parts, refused = self._usable(specs, contributions)
         upload = replace(self.info.upload(), roles=self.mixed_roles)
         models = self._taken_in(specs, current, ClientModels.from_state(state), parts)
         rows = models.rows(c.client for c in parts)
@@ -139,7 +150,10 @@ class MixtureStrategy(AveragingStrategy, ABC):
         mean = self.common(models, differences, partial(self.averaging.combine, specs, upload, current))
         if self.mixes(models.aggregations):
             models = replace(models, own=self.mixtures(models))
-        return Averaged(moved(current, mean, upload), mean, models.to_state())
+        evidence = sorted((*mean.evidence, *refused), key=lambda judgement: judgement.client)
+        return Averaged(
+            moved(current, mean, upload), replace(mean, evidence=tuple(evidence)), models.to_state()
+        )
 
     def weights(self, models: ClientModels) -> Array:
         """(N, N) W of the mixtures after an aggregation; rows sum to 1."""
@@ -147,6 +161,26 @@ class MixtureStrategy(AveragingStrategy, ABC):
         recent = models.aggregations - models.seen <= self.stale_rounds
         distances = self.distances(models.features)
         return mixture_weights(distances, self.own_weight, counts * recent, neighbours=self.neighbours)
+
+    def _usable(
+        self, specs: Sequence[TensorSpec], contributions: Iterable[Contribution]
+    ) -> tuple[list[Contribution], list[Judgement]]:
+        """Contributions in the order of their clients, and who is left out."""
+        wanted = uploaded(specs, self.info.upload())
+        features = [spec.name for spec in wanted if spec.role not in self.mixed_roles]
+        usable, refused = list[Contribution](), list[Judgement]()
+        for part in one_each(contributions):
+            update = part.load()
+            check_update(update, wanted, client=part.client)
+            fault = self.fault({name: update[name] for name in features})
+            if fault:
+                reason = f"update of client {part.client} refused: {fault}"
+                refused.append(Judgement(part.client, "refused", reason, suspect=True))
+            else:
+                usable.append(part)
+        if not usable:
+            raise AggregationError(refused[0].reason)
+        return usable, refused
 
     def _taken_in(
         self,
@@ -156,8 +190,7 @@ class MixtureStrategy(AveragingStrategy, ABC):
         parts: Sequence[Contribution],
     ) -> ClientModels:
         """The clients' models and features with those of a round in place of their last ones."""
-        upload = self.info.upload()
-        wanted = [s for s in specs if s.role in upload.roles and s.group in upload.groups]
+        wanted = uploaded(specs, self.info.upload())
         known = set(models.clients)
         after = models.with_clients(c.client for c in parts)
         after = replace(after, aggregations=models.aggregations + 1)
@@ -168,7 +201,6 @@ class MixtureStrategy(AveragingStrategy, ABC):
             rows[spec.name] = kept.get(spec.name, zeros)
         for part, row in zip(parts, after.rows(c.client for c in parts), strict=True):
             update = part.load()
-            check_update(update, wanted, client=part.client)
             start: dict[str, Array] = {**current, **models.own_of(part.client)}
             for name in last:
                 last[name][row] = start[name] + update[name]

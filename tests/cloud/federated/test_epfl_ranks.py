@@ -12,9 +12,10 @@ from oracles.small_federation import CONTRACT, arrays, model, splits
 from oracles.torch_clients import batches_of, descend, gradients, loaded
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.federated import create_strategy
+from wearfleet_cloud.federated.aggregate import Averaged, Contribution
 from wearfleet_cloud.federated.base import Strategy
 from wearfleet_cloud.federated.factor_masks import HELD
-from wearfleet_cloud.federated.factor_ranks import RANK, checked_ranks, column_distances, mixed_rows
+from wearfleet_cloud.federated.factor_ranks import RANK, column_distances, mixed_rows, rank_fault
 from wearfleet_cloud.federated.reference_client import ClientResult, run_client
 from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation, simulate
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient, with_ranks
@@ -242,16 +243,37 @@ def test_runners_agree_on_clients_of_unequal_ranks() -> None:
 
 
 def test_a_rank_that_is_none_is_refused() -> None:
-    assert checked_ranks(["anna", "ben"], np.array([1.0, 8.0], np.float32), 8).tolist() == [1, 8]
+    assert [rank_fault(rank, 8) for rank in (1.0, 8.0)] == ["", ""]
     for rank in (0.0, 9.0, 2.5):
-        with pytest.raises(AggregationError, match="client ben says its rank is"):
-            checked_ranks(["anna", "ben"], np.array([4.0, rank]), 8)
+        assert f"its rank is {rank:g}, expected" in rank_fault(rank, 8)
     with pytest.raises(ConfigError, match="max_lora_rank of anna"):
         with_ranks([SimulatedClient("anna", **CLIENTS["anna"])], (0,))
     mask = TensorSpec("h", "float32", (4,), TensorRole.LORA_RANK, TensorGroup.AUX, "ones")
     for changes in ({"shape": ()}, {"origin": "zeros"}):
         with pytest.raises(ShapeError, match="LORA_RANK needs one dimension and origin 'ones'"):
             replace(mask, **changes)
+
+
+def test_a_client_whose_rank_is_none_is_left_out_and_named() -> None:
+    federation = Federation(STRATEGY, NETWORK, CLIENTS)
+    generator = np.random.default_rng(1)
+    sent = {
+        name: {s.name: generator.normal(size=s.shape).astype(s.dtype) for s in federation.plan.upload_specs()}
+        | {RANK: np.asarray(rank, np.float32)}
+        for name, rank in (("anna", 4.0), ("ben", 5.0), ("cleo", 2.0))
+    }
+
+    def folded(*names: str) -> Averaged:
+        parts = [Contribution(name, 10, lambda name=name: sent[name], 1) for name in names]
+        return STRATEGY.server(federation.plan.tensors, federation.tensors, {}, parts)
+
+    found, without = folded("anna", "ben", "cleo"), folded("anna", "cleo")
+    assert [(j.client, j.verdict) for j in found.mean.evidence] == [("ben", "refused")]
+    for name, array in without.tensors.items():
+        assert np.array_equal(found.tensors[name], array), name
+    assert found.state["clients"].tobytes() == b"anna\ncleo"
+    with pytest.raises(AggregationError, match="its rank is 5"):
+        folded("ben")
 
 
 def test_ranks_for_a_strategy_without_them_are_refused() -> None:

@@ -1,5 +1,7 @@
 """FedAP: rounds on the device's engine equal the oracle's, with absent and new clients; statistics; refusals."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from oracles.edge_rounds import SEED, Federation
 from oracles.small_federation import CONTRACT, arrays, model, splits
 from oracles.torch_clients import batches_of, epochs_of_sgd, loaded
 from wearfleet_cloud.federated import create_strategy
-from wearfleet_cloud.federated.aggregate import Contribution
+from wearfleet_cloud.federated.aggregate import Averaged, Contribution
 from wearfleet_cloud.federated.client_models import ClientModels
 from wearfleet_cloud.federated.fedap import FedAP
 from wearfleet_cloud.federated.plan_builder import build_plan
@@ -237,13 +239,36 @@ def test_windows_count_if_the_operator_wishes() -> None:
     np.testing.assert_allclose(rows["examples"], [0.5, 0.125, 0.375])
 
 
-def test_a_negative_variance_ends_the_round() -> None:
+@pytest.mark.parametrize("name", ["fedap", "fedhealth2"])
+def test_a_client_with_a_negative_variance_is_left_out_and_named(name: str) -> None:
+    strategy = create_strategy(name, {"warmup_rounds": 1} if name == "fedap" else {"reference": "none"})
     federation = Federation(create_strategy("fedap", OPTIONS), model("cnn"), CLIENTS)
-    strategy = create_strategy("fedap", {"warmup_rounds": 1})
-    update = updates(federation, 1, equal=False)
-    update["statistics/1/variance"] = -update["statistics/1/variance"]
-    with pytest.raises(AggregationError, match="negative variance"):
-        fold(strategy, federation, [[("anna", update, 10)]])
+    specs, good = federation.plan.tensors, [updates(federation, seed, equal=False) for seed in range(4)]
+    bad = {**good[3], "statistics/1/variance": -good[3]["statistics/1/variance"]}
+
+    def folded(tensors, state, **sent):
+        return strategy.server(
+            specs, tensors, state, [Contribution(n, 10, partial(lambda u: u, u), 1) for n, u in sent.items()]
+        )
+
+    new = folded(federation.tensors, {}, anna=bad, ben=good[1])
+    alone = folded(federation.tensors, {}, ben=good[1])
+    (judged,) = new.mean.evidence
+    assert (judged.client, judged.verdict, judged.suspect) == ("anna", "refused", True)
+    assert "variance among its statistics is negative" in judged.reason
+    assert_same(new, alone)
+    # one that is known counts with what it sent before
+    first = folded(federation.tensors, {}, anna=good[0], ben=good[1])
+    known = folded(first.tensors, first.state, anna=bad, ben=good[2])
+    assert_same(known, folded(first.tensors, first.state, ben=good[2]))
+    with pytest.raises(AggregationError, match="client anna refused"):
+        folded(federation.tensors, {}, anna=bad)
+
+
+def assert_same(one: Averaged, other: Averaged) -> None:
+    for mine, theirs in ((one.tensors, other.tensors), (one.state, other.state)):
+        assert mine.keys() == theirs.keys()
+        assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_without_batch_normalisation_it_is_refused() -> None:
