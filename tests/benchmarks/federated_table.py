@@ -127,6 +127,7 @@ def run(part: str, folder: Path) -> None:
             if (part, text) not in done:
                 _wearfleet("simulate", *words, "--out", str(folder / part / "simulations"))
                 latest = _newest(folder / part / "simulations" / "runs.csv", command[1], seed)
+                latest["options"] = latest["options"].replace(str(folder), "OUT")
                 _append(folder / "runs.csv", {"part": part, "command": text, **latest})
                 print(part, command[1], seed, latest["personal@clients mean"], flush=True)
 
