@@ -4,13 +4,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from oracles.edge_rounds import SEED, Split
-from oracles.small_federation import arrays
+from oracles.small_federation import CONTRACT, arrays
 from oracles.torch_clients import Arrays, batches_of, epochs_of_sgd, loaded
+from wearfleet_cloud.cli.simulate import device_engine
+from wearfleet_cloud.federated.base import Strategy
+from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation, simulate
+from wearfleet_cloud.federated.simulated_clients import SimulatedClient
+from wearfleet_cloud.federated.stacked_clients import StackedClients
+from wearfleet_cloud.federated.wire_clients import WireClients
 from wearfleet_models.classifier import Classifier, derived
 from wearfleet_models.roles import tensor_roles
 from wearfleet_protos.tensors import TensorRole
 
-__all__ = ["mixed_rounds"]
+__all__ = ["mixed_rounds", "stacked_and_wire"]
 
 
 def mixed_rounds(
@@ -52,3 +58,21 @@ def mixed_rounds(
                 n: sum(w * last[j][n].astype(float) for j, w in weights.items()).astype(np.float32) for n in a
             }
     return own, kept
+
+
+def stacked_and_wire(
+    strategy: Strategy, network: Classifier, clients: Mapping[str, Split]
+) -> tuple[Outcome, Outcome]:
+    """Two rounds of stacked clients and of plans on the device's engine: what each client receives must be the same."""
+    population = Population([SimulatedClient(n, s["train"], s["holdout"]) for n, s in clients.items()])
+    runners = (
+        lambda s: StackedClients(s, network, SEED),
+        lambda s: WireClients(s, network, CONTRACT, SEED, device_engine),
+    )
+    fast, real = (simulate(strategy, network, population, Simulation(2, seed=SEED), run) for run in runners)
+    factors = [n for n, role in tensor_roles(network).items() if role == TensorRole.LORA_A]
+    for name in clients:
+        one, other = (strategy.received(name, found.tensors, found.state) for found in (fast, real))
+        for tensor in factors:  # as for the oracle
+            assert np.linalg.norm(one[tensor] - other[tensor]) < 2e-4 * np.linalg.norm(other[tensor]), tensor
+    return fast, real

@@ -5,14 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from oracles.edge_rounds import SEED, Federation
-from oracles.epfl import mixed_rounds
-from oracles.small_federation import CHANNELS, CLASSES, CONTRACT, WINDOW, arrays, splits
-from wearfleet_cloud.cli.simulate import device_engine
+from oracles.epfl import mixed_rounds, stacked_and_wire
+from oracles.small_federation import CHANNELS, CLASSES, WINDOW, arrays, splits
 from wearfleet_cloud.federated import create_strategy
-from wearfleet_cloud.federated.simulate import Population, Simulation, simulate
-from wearfleet_cloud.federated.simulated_clients import SimulatedClient
-from wearfleet_cloud.federated.stacked_clients import StackedClients
-from wearfleet_cloud.federated.wire_clients import WireClients
 from wearfleet_models.classifier import ModelSpec, build_classifier
 from wearfleet_models.roles import tensor_roles
 from wearfleet_protos.tensors import TensorRole
@@ -92,16 +87,5 @@ def test_who_lacks_a_sensor_leaves_its_factors_as_they_came() -> None:
 
 @pytest.mark.slow
 def test_stacked_clients_give_the_factors_of_the_wire() -> None:
-    clients = [SimulatedClient(n, s["train"], s["holdout"]) for n, s in CLIENTS.items()]
-    runners = (
-        lambda s: StackedClients(s, NETWORK, SEED),
-        lambda s: WireClients(s, NETWORK, CONTRACT, SEED, device_engine),
-    )
-    fast, real = (
-        simulate(STRATEGY, NETWORK, Population(clients), Simulation(2, seed=SEED), runner)
-        for runner in runners
-    )
-    for name in CLIENTS:
-        one, other = (STRATEGY.received(name, found.tensors, found.state) for found in (fast, real))
-        for tensor in A:  # as for the oracle
-            assert np.linalg.norm(one[tensor] - other[tensor]) < 2e-4 * np.linalg.norm(other[tensor]), tensor
+    fast, real = stacked_and_wire(STRATEGY, NETWORK, CLIENTS)
+    assert [r.bytes_up for r in fast.rounds] == [r.bytes_up for r in real.rounds]
