@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from ports import free_port
 from wearfleet_cloud.data import dataset_named
 from wearfleet_cloud.data.simulator import Simulation
 from wearfleet_cloud.demo_processes import Processes
@@ -130,6 +131,7 @@ class Fleet:
         self.pids: dict[str, int] = {}
         self.device_ids: dict[str, str] = {}
         self.ready: dict[str, Any] = {}
+        self._ports = {name: free_port() for name in ("port", "enrol-port", "web-port", "broker-port")}
 
     def __enter__(self) -> Self:
         return self
@@ -143,16 +145,8 @@ class Fleet:
             os.kill(int((self.cloud / "broker" / "mosquitto.pid").read_text()), signal.SIGTERM)
 
     def start_service(self, *options: str) -> dict[str, Any]:
-        """Start it, on the ports it had before if it ran already; what it says when it is ready."""
-        ports = {"port": 0, "enrol-port": 0, "web-port": 0, "broker-port": 0}
-        if self.ready:
-            ports = {
-                "port": self.ready["cloud_port"],
-                "enrol-port": self.ready["enrol_port"],
-                "web-port": self.ready["web_port"],
-                "broker-port": self.ready["broker"]["port"],
-            }
-        flags = [word for name, port in ports.items() for word in (f"--{name}", str(port))]
+        """Start it, on the same ports each time; what it says when it is ready."""
+        flags = [word for name, port in self._ports.items() for word in (f"--{name}", str(port))]
         command = ["wearfleet-cloud", "serve", "--state", str(self.cloud), *flags, *options, "--json"]
         self.pids["service"] = self.processes.start("service", command).pid
         self.ready = dict(self.processes.ready_line("service"))

@@ -53,12 +53,6 @@ def serve_process(source_name: str, port: int) -> Iterator[None]:
             process.kill()
 
 
-def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @contextlib.contextmanager
 def serve_page(live: LiveState, *, title: str = "wearfleet", port: int = 0) -> Iterator[PageServer]:
     """Serve the page in a thread until the block ends; ``port`` 0 takes a free one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from glob import glob
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 __all__ = ["postgres_server"]
 
@@ -27,7 +27,7 @@ def postgres_server(folder: Path) -> Iterator[str]:
             pytest.fail(message)
         pytest.skip(message)
     user = _user(folder)
-    data, port = folder / "pg", _free_port()
+    data, port = folder / "pg", free_port()
     quiet = {"stdout": subprocess.DEVNULL, "cwd": "/", "user": user}
     subprocess.run(
         [programs / "initdb", "-D", data, "-A", "trust", "-U", "wearfleet", "-E", "UTF8"], check=True, **quiet
@@ -66,9 +66,3 @@ def _user(folder: Path) -> str | None:
                 parent.chmod(parent.stat().st_mode | 0o011)
         return name
     pytest.skip("no user to run PostgreSQL as")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 from paho.mqtt.enums import CallbackAPIVersion
+from ports import free_port
 from small_model_file import CONTRACT
 from wearfleet_cloud.config import Settings, load_settings
 from wearfleet_cloud.federated.cohort import CohortPolicy
@@ -71,10 +72,11 @@ GRAPH = b"not a graph: the devices of these tests do not run it"
 
 
 def service_settings(folder: Path, **sections: Mapping[str, Any]) -> Settings:
-    """Settings of a service on free ports whose state is in ``folder``."""
+    """Settings of a service whose state is in ``folder``, on ports that it finds free again when it comes back."""
+    ports = {name: free_port() for name in ("port", "enrol_port", "web_port")}
     flags: dict[str, dict[str, Any]] = {
-        "service": {"state_dir": folder, "port": 0, "enrol_port": 0, "web_port": 0},
-        "broker": {"port": 0},
+        "service": {"state_dir": folder, **ports},
+        "broker": {"port": free_port()},
     }
     for section, keys in sections.items():
         flags.setdefault(section, {}).update(keys)
@@ -90,18 +92,6 @@ async def running_service(settings: Settings) -> AsyncIterator[Service]:
         yield service
     finally:
         await service.stop()
-
-
-def fixed_ports(settings: Settings, service: Service) -> Settings:
-    """The same settings with the ports that a running service has, for starting it again."""
-    running = service.running
-    assert running is not None
-    ports = {"port": running.cloud_port, "enrol_port": running.enrol_port, "web_port": running.web_port}
-    return service_settings(
-        settings.service.state_dir,
-        service=ports,
-        broker={"port": running.broker.port, "kind": settings.broker.kind},
-    )
 
 
 def enrolment_ticket(

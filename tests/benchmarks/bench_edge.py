@@ -77,7 +77,8 @@ def bench_recognition(data, manifest):
 
 def bench_sample_to_publish(data, manifest, folder, *, raw):
     """Through the real pipeline, outbox and MQTT link, over a real Mosquitto."""
-    from edge.simulators import Mosquitto, free_port, wait_until
+    from edge.simulators import Mosquitto, wait_until
+    from ports import free_port
     from wearfleet_edge.identity import Broker
     from wearfleet_edge.outbox import Outbox
     from wearfleet_edge.pipeline import HeaderFactory, Pipeline

@@ -417,12 +417,6 @@ def serve(service, *, require_certificate=True):
         server.stop(0).wait()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @dataclass
 class Mosquitto:
     """A real broker that can be stopped and started on the same port."""

@@ -16,12 +16,12 @@ from edge.simulators import (
     Mosquitto,
     Signer,
     SimulatedCloud,
-    free_port,
     serve,
     wait_until,
 )
 from edge.tiny_graphs import LABELS, TENSORS, make_plan, make_recording, make_release
 from paho.mqtt.enums import CallbackAPIVersion
+from ports import free_port
 from wearfleet_edge.enrolment import enrol_device
 from wearfleet_edge.outbox import inspect_outbox
 from wearfleet_edge.state import StateDirectory, read_json

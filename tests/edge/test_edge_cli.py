@@ -6,7 +6,8 @@ import sys
 import time
 
 import pytest
-from edge.simulators import Authority, GrpcService, Signer, SimulatedCloud, free_port, serve
+from edge.simulators import Authority, GrpcService, Signer, SimulatedCloud, serve
+from ports import free_port
 from typer.testing import CliRunner
 from wearfleet_edge import process
 from wearfleet_edge.cli import app, main

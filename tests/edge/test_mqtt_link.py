@@ -8,8 +8,9 @@ from random import Random
 
 import paho.mqtt.client as paho
 import pytest
-from edge.simulators import Authority, Mosquitto, free_port, wait_until
+from edge.simulators import Authority, Mosquitto, wait_until
 from paho.mqtt.enums import CallbackAPIVersion
+from ports import free_port
 from wearfleet_edge.identity import Broker, Enrolment, make_key, make_signing_request, save_enrolment
 from wearfleet_edge.outbox import Outbox
 from wearfleet_edge.pipeline import HeaderFactory

@@ -14,9 +14,9 @@ from edge.simulators import (
     Signer,
     SimulatedCloud,
     enrolled_state,
-    free_port,
     serve,
 )
+from ports import free_port
 from wearfleet_edge.artifacts import ArtifactStore
 from wearfleet_edge.enrolment import enrol_device
 from wearfleet_edge.heartbeat import renew_if_due

@@ -12,7 +12,6 @@ from service_harness import (
     begin_plan,
     echo_plan,
     enrolled_device,
-    fixed_ports,
     global_tensors,
     running_service,
     service_settings,
@@ -121,14 +120,13 @@ async def test_a_device_at_work_goes_on_after_a_restart_and_with_its_half_upload
     update = encode_tensors({n: np.full(s, 2.0, np.float32) for n, s in SHAPES.items()})
     async with running_service(settings) as service:
         devices = [await enrolled_device(service, name) for name in ("anna", "ben", "cleo")]
-        again = fixed_ports(settings, service)
         run_id = await asyncio.to_thread(begin, settings)
         tasks = await asyncio.gather(*(device.task() for device in devices))
         await devices[2].upload(update, stop_at=40)
         await asyncio.gather(*(d.answer(t, 1.0) for d, t in zip(devices[:2], tasks, strict=False)))
         await until(lambda: len(rounds_of(settings, run_id)) == 2)
         assert (await devices[2].stat(digest_of(update))).committed_offset == 40
-    async with running_service(again):
+    async with running_service(settings):
         committed = (await devices[2].stat(digest_of(update))).committed_offset
         assert committed == 40
         await devices[2].upload(update, offset=committed)

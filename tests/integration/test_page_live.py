@@ -10,7 +10,8 @@ import httpx
 import pytest
 from browser import DESKTOP, PHONE, open_page, picture, set_view
 from page_script import PEOPLE, fleet, running_round
-from page_server import PageServer, free_port, serve_page, serve_process
+from page_server import PageServer, serve_page, serve_process
+from ports import free_port
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys

@@ -11,7 +11,6 @@ from service_harness import (
     begin_plan,
     echo_plan,
     enrolled_device,
-    fixed_ports,
     running_service,
     service_settings,
     until,
@@ -111,7 +110,6 @@ async def test_everyone_gets_its_own_model_in_every_round_and_after_a_restart_in
         assert downlinks == expected.downlinks()
         assert len(set(downlinks)) == 3
         await hand_in(devices[0], second[0], 2, 0)
-        settings = fixed_ports(settings, service)
     async with running_service(settings):
         again = await tasks_of(devices[1:])
         assert [t.tensors_digest for t in again] == [t.tensors_digest for t in second[1:]]

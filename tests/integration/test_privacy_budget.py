@@ -13,7 +13,6 @@ from service_harness import (
     begin_plan,
     echo_plan,
     enrolled_device,
-    fixed_ports,
     running_service,
     service_settings,
     until,
@@ -104,7 +103,6 @@ async def test_a_round_is_entered_once_and_over_budget_a_device_is_not_asked(tmp
         await devices[1].answer(tasks[1], 7.0)
         await until(lambda: len(stored(settings, run_id)[0]) == 3)
         assert stored(settings, run_id)[1] == {(n, d) for n in (1, 3) for d in both}
-        settings = fixed_ports(settings, service)
     async with running_service(settings):
         await play(devices, (-1.0, 0.5))
         await until(lambda: len(stored(settings, run_id)[0]) == 4)
@@ -135,7 +133,6 @@ async def test_noised_steps_are_charged_once_to_whoever_is_invited(tmp_path):
         await devices[0].decline(tasks[0], "no power")
         await devices[1].answer(tasks[1], 7.0)
         await until(lambda: len(stored(settings, run_id)[0]) == 3)
-        settings = fixed_ports(settings, service)
     async with running_service(settings):
         for device in devices:
             await device.close()

@@ -12,7 +12,6 @@ from service_harness import (
     begin_plan,
     echo_plan,
     enrolled_device,
-    fixed_ports,
     global_tensors,
     running_service,
     service_settings,
@@ -78,7 +77,6 @@ async def test_moments_survive_a_restart_bit_for_bit_and_a_skipped_round_leaves_
         await devices[0].decline(tasks[0], "no power")
         await devices[1].answer(tasks[1], 7.0)
         await until(lambda: len(stored_rounds(settings, run_id)) == 3)
-        settings = fixed_ports(settings, service)
     async with running_service(settings):
         await play(devices, (-1.0, 0.5))
         await play(devices, (2.0, 2.0))

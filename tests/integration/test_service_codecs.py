@@ -10,7 +10,6 @@ from service_harness import (
     begin_run,
     echo_plan,
     enrolled_device,
-    fixed_ports,
     global_tensors,
     running_service,
     service_settings,
@@ -110,7 +109,6 @@ async def test_updates_that_are_not_what_the_codec_says_are_rejected_and_the_rou
 async def test_a_service_that_was_stopped_decodes_from_its_disk(tmp_path):
     codec, settings = CODECS["int8"], service_settings(tmp_path)
     async with running_service(settings) as service:
-        ports = fixed_ports(settings, service)
         anna, ben = [await enrolled_device(service, n) for n in ("anna", "ben")]
         run_id = await asyncio.to_thread(begin_run, settings, SHAPES, rounds=1, min_clients=2, codec=codec)
         one, other = await asyncio.gather(anna.task(), ben.task())
@@ -120,7 +118,7 @@ async def test_a_service_that_was_stopped_decodes_from_its_disk(tmp_path):
         )
         await anna.close()
         await ben.close()
-    async with running_service(ports):
+    async with running_service(settings):
         second = coded(codec, other, 1)
         await ben.submit(other, digest_of(second), second)
         found = await closed(settings, run_id)

@@ -11,7 +11,6 @@ from service_harness import (
     begin_run,
     echo_plan,
     enrolled_device,
-    fixed_ports,
     running_service,
     service_settings,
 )
@@ -130,7 +129,6 @@ async def test_a_restart_in_mid_run_keeps_the_ring_and_who_was_away_too_long_get
             await anna.hand_in(await anna.task(), number, 0)
             expected.fold(number, [anna.device.device_id])
             versions.append(encode_tensors(expected.tensors))
-        settings = fixed_ports(settings, service)
     async with running_service(settings):
         newest = len(versions) - 1
         for missed, came in ((0, "nothing"), (1, "difference"), (3, None), (MOST_STEPS + 1, "whole")):

@@ -17,7 +17,6 @@ from mortal_programs import deaths, write_program
 from service_harness import (
     begin_run,
     enrolled_device,
-    fixed_ports,
     global_tensors,
     running_service,
     service_settings,
@@ -93,8 +92,7 @@ async def test_a_service_killed_at_each_state_of_a_round_goes_on_and_counts_noth
     tmp_path: Path,
 ) -> None:
     settings = service_settings(tmp_path / "state")
-    async with running_service(settings) as service:  # only to learn free ports and to enrol
-        settings = fixed_ports(settings, service)
+    async with running_service(settings) as service:  # only to enrol
         devices = [await enrolled_device(service, name) for name in ("anna", "ben")]
     run_id = await asyncio.to_thread(
         begin_run, settings, SHAPES, rounds=ROUNDS, min_clients=2, quorum=2, deadline_s=200.0
@@ -128,7 +126,6 @@ async def test_a_service_killed_when_a_round_was_skipped_or_a_run_stopped_goes_o
 ) -> None:
     settings = service_settings(tmp_path / "state")
     async with running_service(settings) as service:
-        settings = fixed_ports(settings, service)
         devices = [await enrolled_device(service, name) for name in ("anna", "ben")]
     begin = partial(asyncio.to_thread, begin_run, settings, SHAPES)
     skipping = await begin(rounds=2, min_clients=2, quorum=2, deadline_s=10.0)

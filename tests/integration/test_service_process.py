@@ -16,7 +16,6 @@ import pytest
 from service_harness import (
     begin_run,
     enrolled_device,
-    fixed_ports,
     global_tensors,
     running_service,
     service_settings,
@@ -58,8 +57,32 @@ async def test_an_occupied_port_is_a_clear_error_and_leaves_nothing_behind(tmp_p
         settings = service_settings(tmp_path, **{section: {key: other.getsockname()[1]}})
         message = await failure_of(settings)
     assert f"choose another {section}.{key}" in message
-    async with running_service(service_settings(tmp_path)) as service:  # nothing holds the folder or a port
+    async with running_service(settings) as service:  # nothing holds the folder or a port
         assert service.running is not None
+
+
+async def test_port_0_means_any_free_one_and_each_server_has_its_own(tmp_path):
+    ports = dict.fromkeys(("port", "enrol_port", "web_port"), 0)
+    async with running_service(service_settings(tmp_path, service=ports, broker={"port": 0})) as service:
+        running = service.running
+        found = {running.cloud_port, running.enrol_port, running.web_port, running.broker.port}
+        assert len(found - {0}) == 4
+        for port in found:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+
+
+async def test_a_port_that_is_taken_after_the_check_stops_what_listens_already(tmp_path, monkeypatch):
+    """What gRPC refuses is an error like any other, and no server is left to run for nobody."""
+    monkeypatch.setattr("wearfleet_cloud.service.rpc.free_port", lambda *_: None)
+    settings = service_settings(tmp_path)
+    service = settings.service
+    with socket.create_server(("127.0.0.1", service.enrol_port)):
+        assert "choose another service.enrol_port" in await failure_of(settings)
+    with socket.create_server(("127.0.0.1", service.port)):
+        pass
+    async with running_service(settings):
+        pass
 
 
 async def test_without_a_broker_the_service_says_what_to_do(tmp_path, monkeypatch):
@@ -108,8 +131,7 @@ async def test_mosquitto_is_started_again_when_it_dies(tmp_path):
 async def test_a_killed_service_loses_no_window_and_counts_no_update_twice(tmp_path):
     folder = tmp_path / "state"
     settings = service_settings(folder)
-    async with running_service(settings) as service:  # only to learn free ports and to enrol
-        settings = fixed_ports(settings, service)
+    async with running_service(settings) as service:  # only to enrol
         devices = [await enrolled_device(service, name) for name in ("anna", "ben")]
     process = await asyncio.to_thread(start_ready, settings)
     try:
@@ -164,8 +186,7 @@ async def test_a_killed_service_loses_no_window_and_counts_no_update_twice(tmp_p
 async def test_a_device_whose_service_is_killed_in_mid_update_hands_it_in_to_the_next_one_once(tmp_path):
     folder = tmp_path / "state"
     settings = service_settings(folder)
-    async with running_service(settings) as service:  # only to learn free ports and to enrol
-        settings = fixed_ports(settings, service)
+    async with running_service(settings) as service:  # only to enrol
         anna = await enrolled_device(service)
     run_id = await asyncio.to_thread(begin_run, settings, {"a": (600_000,)}, rounds=1, min_clients=1)
     process = await asyncio.to_thread(start_ready, settings)

@@ -11,7 +11,6 @@ import pytest
 from service_harness import (
     begin_run,
     enrolled_device,
-    fixed_ports,
     global_tensors,
     running_service,
     service_settings,
@@ -343,7 +342,6 @@ async def test_a_device_in_quarantine_is_asked_by_no_round_until_it_is_released(
 async def test_a_service_stopped_in_mid_round_goes_on_with_it(tmp_path):
     settings = service_settings(tmp_path)
     async with running_service(settings) as service:
-        again = fixed_ports(settings, service)
         anna, ben = [await enrolled_device(service, name) for name in ("anna", "ben")]
         run_id = await asyncio.to_thread(begin_run, settings, SHAPES, rounds=1, min_clients=2)
         tasks = await asyncio.gather(anna.task(), ben.task())
@@ -352,7 +350,7 @@ async def test_a_service_stopped_in_mid_round_goes_on_with_it(tmp_path):
         await ben.upload(update, stop_at=40)
         for device in (anna, ben):
             await device.close()
-    async with running_service(again):
+    async with running_service(settings):
         task = await ben.task()
         assert task.attempt_id == tasks[1].attempt_id
         assert await anna.poll(0.1) is None

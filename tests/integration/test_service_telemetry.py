@@ -6,7 +6,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-from service_harness import Device, enrolled_device, fixed_ports, running_service, service_settings, until
+from service_harness import Device, enrolled_device, running_service, service_settings, until
 from wearfleet_cloud.service.state import open_state
 from wearfleet_cloud.storage.device_records import health_of, revoke_device, stream_counts
 from wearfleet_protos.codec import MAX_PAYLOAD_BYTES, encode
@@ -142,10 +142,9 @@ async def test_a_message_that_only_the_database_refuses_does_not_stop_the_others
 async def test_what_comes_while_the_service_is_away_is_stored_when_it_is_back(tmp_path):
     settings = service_settings(tmp_path / "state", broker={"kind": "mosquitto"})
     async with running_service(settings) as service:
-        again = fixed_ports(settings, service)
         anna: Device = await enrolled_device(service)
     # Mosquitto is stopped with the service; the queue of its session is on disk, and a device sends again later
-    async with running_service(again):
+    async with running_service(settings):
         client = await asyncio.to_thread(anna.mqtt, tmp_path)
         infos = [
             client.publish(anna.topic(TopicKind.WINDOW), encode(anna.window(n)), qos=1) for n in range(30)

@@ -7,7 +7,7 @@ the server's certificate alone, and one for everything else, with mutual TLS.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -73,24 +73,41 @@ class RpcServer:
 
     def __init__(self, parts: RpcParts, files: ServerFiles, *, host: str, port: int, enrol_port: int) -> None:
         self._parts, self._host = parts, host
+        self._ports = (port, enrol_port)
         self._work = WorkStreams(parts.artifacts, parts.federation)
         pair = [(files.key.read_bytes(), files.certificate.read_bytes())]
         self._mutual = grpc.ssl_server_credentials(pair, files.ca.read_bytes(), require_client_auth=True)
         self._plain = grpc.ssl_server_credentials(pair)
-        self.port = free_port(host, port, "service.port")
-        self.enrol_port = free_port(host, enrol_port, "service.enrol_port")
         self._running: RunningService | None = None
         self._health = health.aio.HealthServicer()
         self._servers = [grpc.aio.server(options=_OPTIONS), grpc.aio.server(options=_OPTIONS)]
 
-    async def start(self, running: RunningService) -> None:
-        """Listen on both ports.
+    async def start(self, describe: Callable[[int, int], RunningService]) -> RunningService:
+        """Listen on both ports, or on none.
+
+        Args:
+            describe: what devices that enrol are told, made from the port of mutual TLS and that of enrolment.
 
         Raises:
-            ConfigError: a port was taken meanwhile.
+            ConfigError: a port is in use, or the address is not of this machine; names the setting.
         """
-        self._running = running
         main, enrol = self._servers
+        names = self._add_services(main, enrol)
+        try:
+            port = self._bind(main, self._mutual, self._ports[0], "service.port")
+            await main.start()
+            enrol_port = self._bind(enrol, self._plain, self._ports[1], "service.enrol_port")
+            self._running = running = describe(port, enrol_port)
+            await enrol.start()
+        except BaseException:
+            await self.stop(0)
+            raise
+        for name in names:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return running
+
+    def _add_services(self, main: grpc.aio.Server, enrol: grpc.aio.Server) -> tuple[str, ...]:
+        """Names whose health is asked for; the empty one is that of the whole server."""
         main.add_generic_rpc_handlers(tuple(self._main_services()))
         enrol.add_generic_rpc_handlers((_service("EnrolmentService", {"Enrol": self._enrol_method()}),))
         names = [
@@ -98,20 +115,20 @@ class RpcServer:
             for name in ("EnrolmentService", "ArtifactService", "FederationService", "FleetService")
         ]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], main)
-        for server, port, credentials in (
-            (main, self.port, self._mutual),
-            (enrol, self.enrol_port, self._plain),
-        ):
+        for server in (main, enrol):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-            try:
-                server.add_secure_port(f"{_bracketed(self._host)}:{port}", credentials)
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"cannot listen on {self._host}:{port}: {error}; choose another port"
-                ) from error
-            await server.start()
-        for name in ("", *names):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return ("", *names)
+
+    def _bind(
+        self, server: grpc.aio.Server, credentials: grpc.ServerCredentials, port: int, setting: str
+    ) -> int:
+        free_port(self._host, port, setting)  # says why not, which gRPC does not
+        try:
+            return server.add_secure_port(f"{_bracketed(self._host)}:{port}", credentials)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {self._host}:{port}: {error}; choose another {setting}"
+            ) from error
 
     async def refuse_new(self) -> None:
         """Tell load balancers to go elsewhere; calls still work."""

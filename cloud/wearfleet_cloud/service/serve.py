@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Final
 
 from wearfleet_protos.errors import ConfigError, WearfleetError
@@ -98,8 +99,7 @@ class Service:
         self._stack.push_async_callback(broker.stop)
         await self._start_ingest(state, broker)
         rpc, coordinator = self._build_calls(state, files)
-        running = self._describe(broker, rpc, web)
-        await rpc.start(running)
+        running = await rpc.start(partial(self._describe, broker, web))
         self._stack.push_async_callback(rpc.stop, _GRACE_S)
         await coordinator.refresh()
         self._stack.push_async_callback(coordinator.stop)
@@ -154,11 +154,11 @@ class Service:
         rpc = RpcServer(calls, files, host=service.host, port=service.port, enrol_port=service.enrol_port)
         return rpc, coordinator
 
-    def _describe(self, broker: Broker, rpc: RpcServer, web: WebServer) -> RunningService:
+    def _describe(self, broker: Broker, web: WebServer, port: int, enrol_port: int) -> RunningService:
         public, endpoint = self.settings.service.public_host, broker.endpoint
         host = endpoint.host if self.settings.broker.kind == "external" else public
         place = BrokerPlace(host, endpoint.port, endpoint.tls is not None)
-        return RunningService(os.getpid(), public, rpc.port, rpc.enrol_port, web.port, place)
+        return RunningService(os.getpid(), public, port, enrol_port, web.port, place)
 
     def _watch(self, state: State, broker: Broker, coordinator: Coordinator) -> None:
         """Notice what commands change in the database."""
