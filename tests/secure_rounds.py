@@ -91,6 +91,22 @@ GROUP = Group.of(SEVEN)
 VICTIM = SEVEN[0]
 
 
+def answer_of(talk: Any, name: str) -> Any:
+    """What a member says to its last notice; ``talk`` has ``round``, ``clients``, ``notices`` and ``updates``."""
+    client, notice = talk.clients[name], talk.notices[name]
+    match talk.round.stage:
+        case Stage.ADVERTISE:
+            return client.advertise()
+        case Stage.SHARE:
+            return client.share_keys(notice)
+        case Stage.MASK:
+            return InputMasked(name, client.mask(notice, *talk.updates[name]))
+        case Stage.CONFIRM:
+            return client.confirm(notice)
+        case _:
+            return client.reveal(notice)
+
+
 class Conversation:
     """A round that is played stage by stage, so that a test can change what is said."""
 
@@ -111,18 +127,7 @@ class Conversation:
                 self.failed = effect.reason
 
     def answer(self, name: str) -> Any:
-        client, notice = self.clients[name], self.notices[name]
-        match self.round.stage:
-            case Stage.ADVERTISE:
-                return client.advertise()
-            case Stage.SHARE:
-                return client.share_keys(notice)
-            case Stage.MASK:
-                return InputMasked(name, client.mask(notice, *self.updates[name]))
-            case Stage.CONFIRM:
-                return client.confirm(notice)
-            case _:
-                return client.reveal(notice)
+        return answer_of(self, name)
 
     def play(self, until: Stage, without: tuple[str, ...] = ()) -> None:
         """Go on until this stage begins."""

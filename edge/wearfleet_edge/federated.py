@@ -252,7 +252,7 @@ class FederatedWorker:
         if (
             not task.personalise
             and plan.noised()
-            and task.round_number <= self._local.last_noised(task.run_id)
+            and task.round_number <= self._local.noised.last(task.run_id)
         ):
             raise DeniedError(
                 f"this device made its noised update for round {task.round_number} or a later one before"
@@ -273,11 +273,11 @@ class FederatedWorker:
                     "this device sends updates with secure aggregation only (federation.secure_only)"
                 )
             return
-        if task.round_number <= self._local.last_joined(task.run_id):
+        if task.round_number <= self._local.joined.last(task.run_id):
             raise DeniedError(f"this device shared keys for round {task.round_number} or a later one before")
         from wearfleet_edge.secure_task import SecureTask  # noqa: PLC0415  slow to import
 
-        self._local.note_joined(task.run_id, task.round_number)
+        self._local.joined.note(task.run_id, task.round_number)
         member, specs, wait = self._device.member(), plan.upload_specs(), self._device.wait
         self._secure = SecureTask(self._cloud, task, member, specs, backoff=self._backoff, wait=wait)
         self._secure.share_keys()
@@ -326,7 +326,7 @@ class FederatedWorker:
             metrics |= {"personal/correct": float(own.correct), "personal/count": float(own.count)}
         else:
             if plan.noised():
-                self._local.note_noised(task.run_id, task.round_number)
+                self._local.noised.note(task.run_id, task.round_number)
             encoded, lost = self._encode(task, plan, before, result)
             update, owed, was_reset = encoded.data, encoded.residual.to_bytes(), was_reset or lost
             names = [spec.name for spec in plan.local_specs()]

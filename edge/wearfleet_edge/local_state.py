@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from wearfleet_edge.state import StateDirectory
     from wearfleet_edge.trainer import Tensors
 
-__all__ = ["LocalState", "PendingResult", "PersonalOrigin", "encode_personal"]
+__all__ = ["LocalState", "PendingResult", "PersonalOrigin", "RoundNotes", "encode_personal"]
 
 _KEPT_RUNS = 4
-_KEPT_JOINED = 1000
+_NOTED_RUNS = 1000
 _PARTS = ("update", "local", "personal", "residual")
 
 
@@ -59,6 +59,42 @@ class PendingResult:
     residual: bytes = b""
 
 
+class RoundNotes:
+    """The last round of each of the latest runs, in a file.
+
+    Args:
+        path: the file; it need not be there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def last(self, run_id: str) -> int:
+        """The last round of a run that was noted; 0 for none.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        return dict(self._rounds()).get(run_id, 0)
+
+    def note(self, run_id: str, round_number: int) -> None:
+        """Remember a round.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        others = [row for row in self._rounds() if row[0] != run_id]
+        write_json(self._path, {"rounds": [*others, (run_id, round_number)][-_NOTED_RUNS:]})
+
+    def _rounds(self) -> list[tuple[str, int]]:
+        if not self._path.exists():
+            return []
+        try:
+            return [(str(run_id), int(number)) for run_id, number in read_json(self._path)["rounds"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self._path}: damaged ({error!r}); delete it") from error
+
+
 class LocalState:
     """Files below ``federated`` and the personal tensors.
 
@@ -67,6 +103,8 @@ class LocalState:
 
     Attributes:
         held: tensors of earlier tasks, which need not come again.
+        joined: rounds for which this device shared keys of secure aggregation.
+        noised: rounds for which it made an update with noise of its own.
     """
 
     def __init__(self, state: StateDirectory) -> None:
@@ -74,43 +112,11 @@ class LocalState:
         self._pending = state.federated / "pending"
         self._runs = state.federated / "runs"
         self._residuals = state.federated / "residuals"
-        self._joined = state.federated / "joined.json"
-        self._noised = state.federated / "noised.json"
+        self.joined = RoundNotes(state.federated / "joined.json")
+        self.noised = RoundNotes(state.federated / "noised.json")
         self.held = HeldTensors(state.federated / "held")
         for folder in (self._pending, self._runs, self._residuals):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    def last_joined(self, run_id: str) -> int:
-        """The last round of a run for which this device shared keys of secure aggregation; 0 for none.
-
-        Raises:
-            DataError: the file is damaged.
-        """
-        return dict(_rounds(self._joined)).get(run_id, 0)
-
-    def note_joined(self, run_id: str, round_number: int) -> None:
-        """Remember that this device shares keys for a round, of the latest runs only.
-
-        Raises:
-            DataError: the file is damaged.
-        """
-        _note(self._joined, run_id, round_number)
-
-    def last_noised(self, run_id: str) -> int:
-        """The last round of a run for which this device made an update with noise of its own; 0 for none.
-
-        Raises:
-            DataError: the file is damaged.
-        """
-        return dict(_rounds(self._noised)).get(run_id, 0)
-
-    def note_noised(self, run_id: str, round_number: int) -> None:
-        """Remember that there is a noised update for a round, of the latest runs only.
-
-        Raises:
-            DataError: the file is damaged.
-        """
-        _note(self._noised, run_id, round_number)
 
     def local_tensors(self, run_id: str, specs: Iterable[TensorSpec]) -> tuple[Tensors, bool]:
         """Tensors kept from the last counted round of a run.
@@ -190,20 +196,6 @@ class LocalState:
     def _read(self, name: str) -> bytes:
         path = self._pending / name
         return path.read_bytes() if path.exists() else b""
-
-
-def _note(path: Path, run_id: str, round_number: int) -> None:
-    others = [row for row in _rounds(path) if row[0] != run_id]
-    write_json(path, {"rounds": [*others, (run_id, round_number)][-_KEPT_JOINED:]})
-
-
-def _rounds(path: Path) -> list[tuple[str, int]]:
-    if not path.exists():
-        return []
-    try:
-        return [(str(run_id), int(number)) for run_id, number in read_json(path)["rounds"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: damaged ({error!r}); delete it") from error
 
 
 def _file_name(run_id: str) -> str:

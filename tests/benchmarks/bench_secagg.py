@@ -25,7 +25,7 @@ import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from secure_rounds import names, parameters, plain_mean, updates
+from secure_rounds import answer_of, names, parameters, plain_mean, updates
 from wearfleet_cloud.federated.privacy.secagg_server import (
     InputMasked,
     SecureRound,
@@ -108,7 +108,7 @@ class Bench:
             stage = self.round.stage
             for name in sorted(self.notices):
                 if not (name in self.lost and stage not in (Stage.ADVERTISE, Stage.SHARE)):
-                    answer = self.timed("member", stage, lambda name=name: self._answer(name))
+                    answer = self.timed("member", stage, lambda name=name: answer_of(self, name))
                     self._count_up(answer)
                     self.timed("service", stage, lambda answer=answer: self._happen(answer))
             if self.round.stage == stage:
@@ -116,20 +116,6 @@ class Bench:
         total = self.timed("service", "sum", lambda: unmask(self.round))
         expected = plain_mean(self.updates, total.members, self.chosen)
         return float(np.abs(total.mean - expected).max() * self.chosen.levels / (2 * self.chosen.clip))
-
-    def _answer(self, name: str) -> Any:
-        client, notice = self.clients[name], self.notices[name]
-        match self.round.stage:
-            case Stage.ADVERTISE:
-                return client.advertise()
-            case Stage.SHARE:
-                return client.share_keys(notice)
-            case Stage.MASK:
-                return InputMasked(name, client.mask(notice, *self.updates[name]))
-            case Stage.CONFIRM:
-                return client.confirm(notice)
-            case _:
-                return client.reveal(notice)
 
     def _happen(self, event: Any) -> None:
         self.round, effects = advance(self.round, event)

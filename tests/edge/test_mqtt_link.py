@@ -183,6 +183,7 @@ def test_no_broker_is_said_and_messages_wait(bench):
     link.stop()
 
 
+@pytest.mark.slow
 def test_at_most_twenty_messages_are_under_way(bench):
     """A listener that says yes to the connection and then never acknowledges anything."""
     import socket

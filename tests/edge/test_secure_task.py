@@ -230,10 +230,10 @@ def test_a_device_that_stops_while_it_waits_for_the_others_stops(bench):
 
 
 def test_the_last_rounds_of_the_latest_runs_are_remembered_and_a_damaged_file_is_named(bench, monkeypatch):
-    monkeypatch.setattr("wearfleet_edge.local_state._KEPT_JOINED", 3)
+    monkeypatch.setattr("wearfleet_edge.local_state._NOTED_RUNS", 3)
     for run_id in ("a", "b", "c", "a", "d"):
-        bench.local.note_joined(run_id, bench.local.last_joined(run_id) + 1)
-    assert [bench.local.last_joined(run_id) for run_id in "abcd"] == [2, 0, 1, 1]
+        bench.local.joined.note(run_id, bench.local.joined.last(run_id) + 1)
+    assert [bench.local.joined.last(run_id) for run_id in "abcd"] == [2, 0, 1, 1]
     (bench.state.federated / "joined.json").write_text('{"rounds": 3}')
     with pytest.raises(DataError, match="delete it"):
-        bench.local.last_joined("a")
+        bench.local.joined.last("a")

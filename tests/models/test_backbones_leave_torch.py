@@ -86,6 +86,7 @@ def test_the_exported_file_leaves_out_a_sensor_that_stands_still() -> None:
     assert [np.flatnonzero(sensor).tolist() for sensor in gone] == [[*range(1, 120, 3)], [*range(2, 120, 3)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SPECS.keys() - WITHOUT_PLAN))
 def test_a_training_plan_has_standard_operators_only(name: str) -> None:
     plan, graphs = build_plan(create_strategy("fedavg", {}), model(name), CONTRACT, plan_id="p")

@@ -190,6 +190,7 @@ def test_transformer_tells_channels_apart() -> None:
     assert not torch.allclose(tokens, swapped.flip(0), atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", _specs(), ids=_id)
 def test_training_pass_can_be_traced(spec: ModelSpec) -> None:
     model = build_classifier(spec).train()

@@ -31,8 +31,11 @@ from wearfleet_cloud.federated.base import LEARNED_ROLES, AveragingStrategy, Str
 from wearfleet_cloud.federated.sealed_ring import collected, sealed_specs
 from wearfleet_cloud.federated.teachers import (
     GOOD,
+    MEASURED,
+    OWN,
     STAGE,
     TEACHER,
+    THEIRS,
     check_listening,
     distillation,
     judging,
@@ -53,9 +56,6 @@ __all__ = ["SENT", "MetaFed"]
 
 SENT: Final = "sent/"
 """Before the name of a tensor: the client's after its turn, uploaded as it is."""
-_OWN: Final = "own_correct"
-_THEIRS: Final = "teacher_correct"
-_COUNT: Final = "measured"
 _AFTER: Final = "correct_after"
 _COUNT_AFTER: Final = "measured_after"
 _RING: Final = "ring"
@@ -170,8 +170,8 @@ class MetaFed(AveragingStrategy):
         fit = replace(train, loop=replace(train.loop, split="fit"))
         select = replace(self.local.holdout_loop(), split="select")
         phases = (
-            judging(model, "judge", select, {_OWN: "correct", _COUNT: "count"}, when=STAGE),
-            judging(model, "judge_teacher", select, {_THEIRS: "correct"}, teacher=True, when=STAGE),
+            judging(model, "judge", select, {OWN: "correct", MEASURED: "count"}, when=STAGE),
+            judging(model, "judge_teacher", select, {THEIRS: "correct"}, teacher=True, when=STAGE),
             self._take_over(learned),
             fit,
             judging(model, "judge_after", select, {_AFTER: "correct", _COUNT_AFTER: "count"}),
@@ -240,8 +240,8 @@ class MetaFed(AveragingStrategy):
         """Lambda: lambda_0 round the ring; lambda_0 10^min(1, 5 (a_T - a_s)) / 10 in the last stage, or 0."""
         import torch  # noqa: PLC0415  see AveragingStrategy
 
-        count = torch.clamp(given[_COUNT], min=1.0)
-        mine, theirs = given[_OWN] / count, given[_THEIRS] / count
+        count = torch.clamp(given[MEASURED], min=1.0)
+        mine, theirs = given[OWN] / count, given[THEIRS] / count
         personal = torch.exp(math.log(10.0) * (torch.clamp(5.0 * (theirs - mine), max=1.0) - 1.0))
         deaf = (theirs <= mine) & (theirs < self.personal_threshold)
         personal = torch.where(deaf, torch.zeros_like(personal), personal)
@@ -284,9 +284,9 @@ class MetaFed(AveragingStrategy):
         """
         counts = tuple(
             scalar(name, TensorGroup.OPTIMISER, "zeros")
-            for name in (_OWN, _THEIRS, _COUNT, _AFTER, _COUNT_AFTER)
+            for name in (OWN, THEIRS, MEASURED, _AFTER, _COUNT_AFTER)
         )
-        good = replace(counts[0], name=GOOD, origin="local", copy_of=_OWN)
+        good = replace(counts[0], name=GOOD, origin="local", copy_of=OWN)
         stage, teacher = scalar(STAGE, TensorGroup.ANCHOR, "global"), teacher_specs(learned)
         sent = tuple(
             replace(s, name=SENT + s.name, role=TensorRole.AUX, group=TensorGroup.AUX, origin="zeros")

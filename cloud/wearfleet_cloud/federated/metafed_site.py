@@ -22,8 +22,11 @@ from wearfleet_cloud.federated.aggregate import Arrays, Averaged, Contribution, 
 from wearfleet_cloud.federated.base import LEARNED_ROLES, AveragingStrategy, StrategyInfo
 from wearfleet_cloud.federated.teachers import (
     GOOD,
+    MEASURED,
+    OWN,
     STAGE,
     TEACHER,
+    THEIRS,
     check_listening,
     distillation,
     judging,
@@ -46,9 +49,6 @@ _TRAINS: Final = "trains"
 """1 in the rounds in which the devices train."""
 _WEIGHT: Final = "teacher_weight"
 """Lambda, of all devices."""
-_OWN: Final = "own_correct"
-_THEIRS: Final = "teacher_correct"
-_COUNT: Final = "measured"
 _PASSES: Final = "passes"
 
 
@@ -125,13 +125,13 @@ class MetaFedSite(AveragingStrategy):
         fit = replace(train, loop=replace(train.loop, split="fit"), when=_TRAINS)
         select = replace(self.local.holdout_loop(), split="select")
         phases = (
-            judging(model, "judge", select, {_OWN: "correct", _COUNT: "count"}),
-            judging(model, "judge_teacher", select, {_THEIRS: "correct"}, teacher=True, when=STAGE),
+            judging(model, "judge", select, {OWN: "correct", MEASURED: "count"}),
+            judging(model, "judge_teacher", select, {THEIRS: "correct"}, teacher=True, when=STAGE),
             fit,
         )
         own = (
             *(scalar(name, TensorGroup.ANCHOR, "global") for name in (STAGE, GOOD, _TRAINS, _WEIGHT, TURNS)),
-            *(scalar(name, TensorGroup.AUX, "zeros") for name in (_OWN, _THEIRS, _COUNT)),
+            *(scalar(name, TensorGroup.AUX, "zeros") for name in (OWN, THEIRS, MEASURED)),
         )
         return measured(model, self.local, (*specs, *slots, *own, *teacher_specs(learned_by(specs))), phases)
 
@@ -162,7 +162,7 @@ class MetaFedSite(AveragingStrategy):
         elif passes == 0:
             changed = self._opened(specs, current, counts, tensors)
         else:
-            good = max(float(current[GOOD]), float(counts.accuracy(_OWN) > self.threshold))
+            good = max(float(current[GOOD]), float(counts.accuracy(OWN) > self.threshold))
             passes, changed = 0, {GOOD: good, TURNS: float(current[TURNS]) + 1.0}
         tensors |= {name: np.asarray(value, np.float32) for name, value in changed.items()}
         return Averaged(tensors, mean, {_PASSES: np.asarray(passes, np.int64)})
@@ -175,7 +175,7 @@ class MetaFedSite(AveragingStrategy):
         tensors: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]],
     ) -> Mapping[str, float]:
         """What training begins with; puts the teacher in place of the site's model if it is taken over."""
-        own, theirs, stage = counts.accuracy(_OWN), counts.accuracy(_THEIRS), float(current[STAGE])
+        own, theirs, stage = counts.accuracy(OWN), counts.accuracy(THEIRS), float(current[STAGE])
         weight = 0.0
         if stage > 0.5 and theirs >= own - self.gate:
             if float(current[GOOD]) < 0.5:
@@ -204,11 +204,11 @@ class _Counts:
 
     def _load(self, part: Contribution) -> Arrays:
         update = part.load()
-        for name in (_OWN, _THEIRS, _COUNT):
+        for name in (OWN, THEIRS, MEASURED):
             if name in update:
                 self.sums[name] = self.sums.get(name, 0.0) + float(update[name])
         return update
 
     def accuracy(self, what: str) -> float:
         """Share of the judged windows; 0 when there were none."""
-        return self.sums.get(what, 0.0) / max(self.sums.get(_COUNT, 0.0), 1.0)
+        return self.sums.get(what, 0.0) / max(self.sums.get(MEASURED, 0.0), 1.0)

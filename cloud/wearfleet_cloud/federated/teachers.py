@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GOOD",
+    "MEASURED",
     "NORMS",
+    "OWN",
     "STAGE",
     "TEACHER",
+    "THEIRS",
     "check_listening",
     "distillation",
     "judging",
@@ -40,6 +43,10 @@ STAGE: Final = "stage"
 """0: no teacher yet, 1: round the ring, 2: personal."""
 GOOD: Final = "good_enough"
 """1 once the client's own model was good enough to be kept."""
+OWN: Final = "own_correct"
+"""Windows that the own model got right, of ``MEASURED``."""
+THEIRS: Final = "teacher_correct"
+MEASURED: Final = "measured"
 NORMS: Final = (TensorRole.NORM_AFFINE, TensorRole.NORM_STAT)
 
 

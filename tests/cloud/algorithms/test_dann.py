@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
+import pytest
 import torch
 from algorithm_cases import DOMAINS, batch, build, step
 from wearfleet_cloud.algorithms.base import Batch
@@ -44,6 +45,7 @@ def _fresh(seed: int) -> Batch:
     return Batch(x, y)
 
 
+@pytest.mark.slow
 def test_dann_hides_the_domain() -> None:
     """The discriminator, which learns all the time, finds domains half again as hard to tell, or harder."""
     told = {}

@@ -83,6 +83,7 @@ def test_equal_domains_cost_nothing() -> None:
     assert abs(float(metrics["penalty"])) < 1e-6
 
 
+@pytest.mark.slow
 def test_each_weight_makes_its_view_of_the_domains_more_alike() -> None:
     final: dict[tuple[float, float], Tensor] = {}
     for weights in ((0.0, 0.0), (10.0, 0.0), (0.0, 10.0)):

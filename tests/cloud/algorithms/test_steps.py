@@ -114,6 +114,7 @@ def test_stacked_steps_equal_single_steps(name: str, options: dict, backbone: st
             torch.testing.assert_close(metrics[label][number], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["erm", "mixup", "coral"])
 def test_a_traced_step_equals_the_step(name: str) -> None:
     """What the plan compiler needs of a step (the algorithms whose client steps federations use)."""

@@ -173,6 +173,7 @@ def test_contract_of_another_shape_is_refused(cnn):
         export_bytes(cnn.model, replace(cnn.contract, labels=("a", "b")), ood, cnn.info)
 
 
+@pytest.mark.slow
 def test_file_and_manifest_are_written_side_by_side(cnn, tmp_path):
     path = tmp_path / "deep" / "model.onnx"
     ood = fit_ood(cnn.model, cnn.x, cnn.y, cnn.x_validation, method="mahalanobis", rank=8)

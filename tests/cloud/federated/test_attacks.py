@@ -174,6 +174,7 @@ def test_attacks_that_make_no_sense_are_refused(options: dict[str, object], mess
         Attack(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_command_simulates_attackers(tmp_path: Path) -> None:
     app = typer.Typer()
     register(app)

@@ -59,6 +59,7 @@ def test_the_global_track_is_fedavg_to_the_bit() -> None:
         np.testing.assert_array_equal(ditto.tensors[tensor], array)
 
 
+@pytest.mark.slow
 def test_the_personal_model_is_not_sent_and_moves_only_with_a_round_that_counts() -> None:
     federation = Federation(create_strategy("ditto", OPTIONS), model("cnn"), CLIENTS)
     assert all(spec.name.startswith("personal/") for spec in federation.plan.local_specs())

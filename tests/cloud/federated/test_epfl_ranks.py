@@ -194,6 +194,7 @@ def measured_before(result: ClientResult) -> dict[str, float]:
     return {n: value for n, value in result.metrics.items() if n.startswith("evaluate_before")}
 
 
+@pytest.mark.slow
 def test_equal_ranks_are_epfl_without_limits_to_the_bit(untouched: Federation) -> None:
     unlimited = after_rounds(untouched, {})
     for limit in (R, R + 5):

@@ -74,6 +74,7 @@ def test_factors_of_every_sensor_are_mixed(federation: Federation) -> None:
         assert (not np.array_equal(anna[tensor], ben[tensor])) == learned, tensor
 
 
+@pytest.mark.slow
 def test_who_lacks_a_sensor_leaves_its_factors_as_they_came() -> None:
     federation = Federation(STRATEGY, NETWORK, CLIENTS)
     _, update = federation.client("cleo")

@@ -61,6 +61,7 @@ class OracleRounds:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["warmup", "dynamic"])
 def test_rounds_on_the_device_are_those_of_the_oracle(source: str) -> None:
     options = {**OPTIONS, "weight_source": source, "warmup_rounds": 1, "every": 2}
@@ -125,6 +126,7 @@ def test_pooled_statistics_are_those_of_all_windows_at_once(monkeypatch: pytest.
             np.testing.assert_allclose(features[f"statistics/{layer}/variance"][row], variance, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_reference_travels_in_a_graph_and_not_with_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = build_plan(create_strategy("fedap", OPTIONS), model("cnn"), CONTRACT, plan_id="p")
     with_it, graphs = build_plan(reference_strategy(5, monkeypatch), model("cnn"), CONTRACT, plan_id="p")

@@ -32,6 +32,7 @@ def projected(network, x: np.ndarray) -> torch.Tensor:
     return network.features(torch.from_numpy(x).to(next(network.parameters()).dtype)) @ PROJECTION
 
 
+@pytest.mark.slow
 def test_it_is_fedap_when_the_weights_have_the_same_source() -> None:
     ours, fedap = federation(), Federation(create_strategy("fedap", TRAINING), model("cnn"), CLIENTS)
     for _ in range(2):
@@ -49,6 +50,7 @@ def test_without_a_source_it_asks_for_a_reference() -> None:
         build_plan(create_strategy("fedhealth2", {}), model("cnn"), CONTRACT, plan_id="p")
 
 
+@pytest.mark.slow
 def test_the_shared_covariance_is_that_of_all_projected_features_at_once() -> None:
     fed = federation(**CORAL)
     results = fed.round()
@@ -83,6 +85,7 @@ def oracle_finetuned(
     return {n: t.float().numpy() for n, t in network.state_dict().items() if n in TUNED}
 
 
+@pytest.mark.slow
 def test_the_fine_tuning_is_the_oracles_and_leaves_low_layers_alone() -> None:
     fed = federation(**CORAL)
     fed.round()

@@ -110,6 +110,7 @@ def test_a_skipped_round_is_not_repeated_with_the_same_client() -> None:
     assert ours.strategy.cohort(NAMES, 3, ours.state) == ("ben",)
 
 
+@pytest.mark.slow
 def test_nobody_is_judged_where_there_is_no_teacher() -> None:
     ours = federation()
     ours.number = 1
@@ -121,6 +122,7 @@ def test_nobody_is_judged_where_there_is_no_teacher() -> None:
     assert float(result.state["measured"]) == 9.0
 
 
+@pytest.mark.slow
 def test_a_lost_turn_changes_neither_the_ring_nor_the_client() -> None:
     ours = federation()
     turn(ours)
@@ -131,6 +133,7 @@ def test_a_lost_turn_changes_neither_the_ring_nor_the_client() -> None:
     assert all(np.array_equal(ours.local["anna"][name], array) for name, array in kept.items())
 
 
+@pytest.mark.slow
 def test_two_clients_in_a_turn_are_an_error() -> None:
     ours = federation()
     turn(ours)

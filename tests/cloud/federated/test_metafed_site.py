@@ -68,6 +68,7 @@ def test_a_turn_is_that_of_plain_torch(stage: int, good: int, share_norm: str) -
         assert error < 4e-5, name
 
 
+@pytest.mark.slow
 def test_devices_judge_train_and_judge_again() -> None:
     ours = taught(site(), 1.0, 0.0)
     before = dict(ours.tensors)

@@ -38,6 +38,7 @@ def meta_step(network: Classifier, batch: Batch, form: str, delta: float) -> Non
     descend(network, BETA, direction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["first_order", "hessian_free"])
 def test_a_round_on_the_device_is_that_of_the_oracle(form: str) -> None:
     delta = 0.1  # the finite difference divides rounding by it; at 0.1 nothing of float32 is lost here

@@ -68,6 +68,7 @@ def close(found, expected, start) -> None:
         assert error <= 2e-5 * max(float(moved), 1e-3 * float(np.linalg.norm(array))), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["cnn-plain", "cnn"])
 @pytest.mark.parametrize("name", ["anna", "cleo"])
 def test_a_device_and_a_simulated_client_do_what_a_slow_loop_over_windows_does(
@@ -132,6 +133,7 @@ def test_clipping_is_by_window_and_one_window_moves_a_sum_by_no_more_than_the_cl
     assert 0.0 < np.linalg.norm(apart) <= 2 * 0.05 + 0.002
 
 
+@pytest.mark.slow
 def test_the_noise_has_the_size_of_the_options_and_is_new_every_time() -> None:
     quiet, loud = made(noise_multiplier=0.0, record_steps=1), made(noise_multiplier=3.0, record_steps=1)
     network = model("cnn-plain")
@@ -145,6 +147,7 @@ def test_the_noise_has_the_size_of_the_options_and_is_new_every_time() -> None:
     assert not np.array_equal(one["head.weight"], two["head.weight"])
 
 
+@pytest.mark.slow
 def test_a_federation_over_the_wire_is_the_stacked_one_when_it_draws_the_same() -> None:
     strategy, network = made("fedprox", mu=0.1), model("cnn-plain")
 
@@ -222,6 +225,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, object], reas
         made(**options)
 
 
+@pytest.mark.slow
 def test_the_device_compiles_nothing_but_standard_graphs_for_attention_too() -> None:
     result, update = on_device(
         made(record_steps=1), model("transformer"), "ben", seeded_source(SEED, 1, "ben")

@@ -62,6 +62,7 @@ def near(
         assert np.linalg.norm(found[prefix + name] - expected[name]) / scale < most, prefix + name
 
 
+@pytest.mark.slow
 def test_rounds_on_the_device_with_partial_participation_are_those_of_the_oracle() -> None:
     federation, oracle = Federation(Scaffold(clients=3, local=LOCAL), model("cnn"), CLIENTS), Oracle()
     for number, members in enumerate((["anna", "ben", "cleo"], ["anna", "cleo"], ["ben", "cleo"]), start=1):
@@ -147,6 +148,7 @@ def updates_of(federation: Federation) -> list[Contribution]:
     return [Contribution(n, r.num_examples, lambda u=u: u) for n, (r, u) in results.items()]
 
 
+@pytest.mark.slow
 def test_arrival_order_changes_not_one_bit_and_the_population_grows() -> None:
     strategy = Scaffold(local=LOCAL)
     federation = Federation(strategy, model("cnn"), CLIENTS)

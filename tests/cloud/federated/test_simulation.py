@@ -100,6 +100,7 @@ def test_the_wire_is_the_oracles_rounds_to_the_bit() -> None:
         np.testing.assert_array_equal(real.tensors[tensor], array)
 
 
+@pytest.mark.slow
 def test_what_is_stacked_together_changes_nothing() -> None:
     apart = outcome("fedbn", lambda s: StackedClients(s, model("cnn"), SEED, at_once=1))
     together = outcome("fedbn", lambda s: StackedClients(s, model("cnn"), SEED, at_once=3))
@@ -190,6 +191,7 @@ def test_impossible_label_skew_is_refused(numbers: tuple[int, float]) -> None:
         label_skew(pool.x, pool.y, *numbers, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "words"), [("2,4", "fedavg has no low-rank factors"), ("2;4", "2;4"), ("0", "at least 1")]
 )

@@ -68,6 +68,7 @@ def test_central_differences_are_the_true_gradient_up_to_the_square_of_the_radiu
     assert errors[1] < 5e-3 * size
 
 
+@pytest.mark.slow
 def test_random_directions_estimate_the_gradient_without_bias() -> None:
     made = strategy(estimator="random", directions=4000, radius=1e-5)
     built = network(made).double()
@@ -80,6 +81,7 @@ def test_random_directions_estimate_the_gradient_without_bias() -> None:
     assert bool(((estimate - truth).abs() <= bound + 1e-3).all())
 
 
+@pytest.mark.slow
 def test_the_first_rounds_build_the_auto_encoder_and_later_ones_leave_its_decoder() -> None:
     made = strategy()
     federation = Federation(made, network(made), SPLITS)

@@ -78,6 +78,7 @@ def test_triton_computes_the_same(call, dtype, device, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call", [call for call in CALLS if call.package != "robust"], ids=lambda call: call.name
 )
@@ -120,6 +121,7 @@ def test_the_rule_of_dispatch(monkeypatch):
         dispatch._has_triton.cache_clear()
 
 
+@pytest.mark.slow
 def test_without_triton_everything_imports_and_a_processor_computes(tmp_path):
     """In a process of its own, in which triton cannot be imported."""
     program = (

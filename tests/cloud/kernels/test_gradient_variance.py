@@ -69,6 +69,7 @@ def check(function, problem, device):
         assert_within(gradient, expected, bound, "gradient")
 
 
+@pytest.mark.slow
 @FUNCTIONS
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_fast_ways_are_the_reference(shape, function, device):

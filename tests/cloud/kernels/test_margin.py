@@ -95,6 +95,7 @@ def check(function, problem, settings, device):
     assert_within(found_slope, slope, 2 * p * by_label.sum(1, keepdim=True) + 2.0**-126, "gradient")
 
 
+@pytest.mark.slow
 @FUNCTIONS
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("shape", [(1, 2, 1), (2, 3, 2), (63, 6, 2), (129, 19, 2)])

@@ -52,6 +52,7 @@ def check(function, features, weight, device, gammas=GAMMAS):
     assert_within(found_slope, slope, 4 * shares * 4 * each * 2 * size + FLUSHED, "gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 63), (3, 21, 5), (4, 33, 130), (2, 129, 7)])
 def test_the_kernel_is_the_reference(shape, device):
     check(kernel.mmd_triton, *make(*shape), device)

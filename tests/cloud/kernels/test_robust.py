@@ -101,6 +101,7 @@ def test_the_median_is_the_reference(function, shape, device):
     check_median(function, make(*shape), device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("function", TRIMMED)
 def test_the_trimmed_mean_is_the_reference(function, shape, device):

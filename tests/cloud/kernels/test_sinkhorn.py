@@ -92,6 +92,7 @@ def check(function, problem, settings, device, offset=0.0):
         assert_within(ours, theirs, 2 * slope * weights.sum(axis)[..., None] + 1e-30, "gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [FULL, PARTIAL])
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 3, 63), (3, 17, 33, 5), (1, 63, 20, 33)])

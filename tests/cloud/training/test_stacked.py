@@ -98,6 +98,7 @@ class _PowerCutError(Exception):
     """The process is gone."""
 
 
+@pytest.mark.slow
 def test_an_interrupted_stack_goes_on_bit_by_bit(small_people: Prepared, tmp_path: Path) -> None:
     def cut(_what: str, done: int, _total: int) -> None:
         if done == 17:

@@ -111,6 +111,7 @@ class _PowerCutError(Exception):
     """The process is gone."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "stops"), [("mixup", [1]), ("mixup", [20]), ("coral", [13, 37, 45])])
 def test_an_interrupted_run_goes_on_bit_by_bit(
     small_scenario: Scenario, tmp_path: Path, algorithm: str, stops: list[int]
@@ -286,6 +287,7 @@ def test_training_leaves_the_global_generator_of_torch_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_transductive_run_is_scored_by_what_the_algorithm_found_and_keeps_the_network(
     small_scenario: Scenario, tmp_path: Path
 ) -> None:

@@ -134,6 +134,7 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again(grid: Grid
     assert list(benchmark(small, place, Execution()).values()) == rows
 
 
+@pytest.mark.slow
 def test_stacked_runs_give_the_rows_of_single_ones(grid: Grid, place: Place) -> None:
     # Two windows fewer or more may be right: stacked sums have another order.
     alone = benchmark(grid, place, Execution()).values()
