@@ -1,4 +1,4 @@
-"""Where the real data sets are, for tests that carry the marker ``data``."""
+"""Where the real data sets are, raw and prepared, for tests that carry the marker ``data``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def cache_of_run(factory: pytest.TempPathFactory) -> Path:
+    """One cache of prepared data sets for all processes of this test run; a large one is not prepared by each."""
+    base = factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "prepared"
 
 
 def data_root() -> Path:

@@ -54,6 +54,9 @@ CASES: Final = (
     ("inflated", 0.3),
     ("replay", 0.3),
     ("nan", 0.3),
+    ("inflated", 0.1),
+    ("replay", 0.1),
+    ("nan", 0.1),
 )
 """Attack and share, the most telling first."""
 

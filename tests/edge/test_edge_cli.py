@@ -24,15 +24,20 @@ def _json(*arguments):
     return result.exit_code, json.loads(result.stdout)
 
 
-def test_help_starts_in_under_300_ms():
-    def start():
-        begin = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "wearfleet_edge.cli", "--help"], check=True, capture_output=True
-        )
-        return time.perf_counter() - begin
+HELP = """
+import sys
+from typer.testing import CliRunner
+before = set(sys.modules)
+from wearfleet_edge.cli import app
+assert CliRunner().invoke(app, ["--help"]).exit_code == 0
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+"""
 
-    assert min(start() for _ in range(5)) < 0.3
+
+def test_the_help_imports_nothing_that_is_slow_to_import():
+    """What keeps the start below 0.3 s; ``bench_edge.py`` measures it."""
+    found = subprocess.run([sys.executable, "-c", HELP], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == "['typer', 'wearfleet_edge']"
 
 
 def test_help_names_every_command():

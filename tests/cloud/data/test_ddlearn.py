@@ -52,7 +52,7 @@ def test_dsads_with_all_60_segments_is_tested_on_905_windows(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+    return datasets.cache_of_run(tmp_path_factory)
 
 
 @pytest.mark.data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +94,11 @@ README: dict[str, dict[str, Any]] = {
         },
     },
 }
-SECONDS = {"hapt": 15, "uci-har": 15, "usc-had": 15, "dsads": 30, "emg": 30, "wisdm-51": 30}
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+    return datasets.cache_of_run(tmp_path_factory)
 
 
 def load(name: str, cache: Path) -> Prepared:
@@ -110,17 +108,6 @@ def load(name: str, cache: Path) -> Prepared:
 @pytest.mark.parametrize("name", sorted(README))
 def test_the_counts_are_those_of_the_readme(name: str, cache: Path) -> None:
     assert counts_of(DATASETS[name], datasets.data_root(), cache) == README[name]
-
-
-@pytest.mark.parametrize("name", sorted(README))
-def test_preparing_is_fast_and_loading_again_takes_under_two_seconds(name: str, cache: Path) -> None:
-    cpu = time.process_time()
-    first = load(name, cache)
-    assert time.process_time() - cpu < SECONDS[name]
-    begin = time.perf_counter()
-    again = load(name, cache)
-    assert time.perf_counter() - begin < 2.0
-    assert len(again.windows) == len(first.windows)
 
 
 @pytest.mark.parametrize(
