@@ -191,7 +191,7 @@ class Fleet:
             return database.execute(query, values).fetchall()
 
 
-def wait_for(what: str, true: Callable[[], object], seconds: float = 30.0, every: float = 0.02) -> None:
+def wait_for(what: str, true: Callable[[], object], seconds: float = 90.0, every: float = 0.02) -> None:
     """Wait until ``true()``, or fail and say what did not happen."""
     limit = time.monotonic() + seconds
     while not true():

@@ -468,7 +468,7 @@ def global_tensors(state: State, run_id: str) -> Tensors:
     return decode_tensors(state.blobs.read(digest))  # type: ignore[arg-type]
 
 
-def wait_until(true: Any, timeout_s: float = 10.0) -> None:
+def wait_until(true: Any, timeout_s: float = 30.0) -> None:
     """Wait for a condition, or fail."""
     until = time.monotonic() + timeout_s
     while not true():
@@ -476,7 +476,7 @@ def wait_until(true: Any, timeout_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-async def until(true: Any, timeout_s: float = 10.0) -> None:
+async def until(true: Any, timeout_s: float = 30.0) -> None:
     """Wait for a condition without blocking the loop, or fail."""
     end = time.monotonic() + timeout_s
     while not true():

@@ -18,7 +18,6 @@ ROUNDS = 8
 SPEED = ("--speed", "20", "--repeat")
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("downlink", ["difference", "int8"])
 def test_an_agent_and_the_service_killed_in_mid_run_go_on_with_differences(
     tmp_path: Path, downlink: str
@@ -38,10 +37,10 @@ def test_an_agent_and_the_service_killed_in_mid_run_go_on_with_differences(
         def published() -> int:
             return len(fleet.rows("SELECT round FROM rounds WHERE state = 'published' AND kind = 'train'"))
 
-        wait_for("two rounds", lambda: published() >= 2, 60)
+        wait_for("two rounds", lambda: published() >= 2)
         fleet.kill("anna")
         fleet.start_agent("anna", *SPEED)
-        wait_for("four rounds", lambda: published() >= 4, 60)
+        wait_for("four rounds", lambda: published() >= 4)
         fleet.kill("service")
         fleet.start_service()
         wait_for(

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from wearfleet_cloud.storage.run_records import RoundRow, Submission
     from wearfleet_models import Classifier
 
-pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.broker]
 
 TRAINING = {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}
 SEED = 2
@@ -205,7 +205,7 @@ def run_to_its_end(place: Place, case: Case) -> Run:
             now_ns=time.time_ns(),
         )  # fmt: skip
         running = "SELECT state, reason FROM runs WHERE run_id = ?"
-        wait_for("the run ends", lambda: fleet.rows(running, run_id) != [("running", "")], 60)
+        wait_for("the run ends", lambda: fleet.rows(running, run_id) != [("running", "")])
         assert fleet.rows(running, run_id) == [("done", "")]
         with state.database.read() as connection:
             rounds, submissions = list_rounds(connection, run_id), list_submissions(connection, run_id)

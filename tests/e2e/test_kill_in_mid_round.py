@@ -29,13 +29,12 @@ def submitted(fleet: Fleet, number: int) -> list[str]:
 def stop_in_mid_round(fleet: Fleet) -> int:
     """Freeze one agent as soon as its first update is in; the next round then waits for it alone. Its number."""
     victim = fleet.device_ids[VICTIM]
-    wait_for("the first update of the agent that will be killed", lambda: victim in submitted(fleet, 1), 40)
+    wait_for("the first update of the agent that will be killed", lambda: victim in submitted(fleet, 1))
     os.kill(fleet.pids[VICTIM], signal.SIGSTOP)
-    wait_for("all other agents hand in their second update", lambda: len(submitted(fleet, 2)) >= 3, 40)
+    wait_for("all other agents hand in their second update", lambda: len(submitted(fleet, 2)) >= 3)
     return 2
 
 
-@pytest.mark.timeout(180)
 def test_a_round_outlives_the_kill_of_an_agent_and_of_the_service(kit: Kit, tmp_path: Path) -> None:
     with Fleet(tmp_path, kit) as fleet:
         first = fleet.start_service()

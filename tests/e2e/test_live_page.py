@@ -46,7 +46,6 @@ def stored(fleet: Fleet) -> list[tuple[Any, ...]]:
     return fleet.rows("SELECT received_ns, label FROM predictions ORDER BY stream_id, sequence")
 
 
-@pytest.mark.timeout(120)
 def test_the_page_shows_a_new_device_and_every_activity_within_one_second(kit: Kit, tmp_path: Path) -> None:
     name = PEOPLE[0]
     with Fleet(tmp_path, kit) as fleet:

@@ -23,7 +23,6 @@ ROUNDS = 3
 OPTIONS = {"warmup_rounds": 1, "own_weight": 0.4}
 
 
-@pytest.mark.timeout(300)
 def test_four_agents_and_a_service_make_four_mixtures(tmp_path: Path) -> None:
     kit = make_kit(tmp_path, epochs=2, strategy="fedap", **OPTIONS)
     with Fleet(tmp_path / "fleet", kit) as fleet:

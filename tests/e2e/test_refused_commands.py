@@ -107,7 +107,6 @@ def test_a_service_on_an_occupied_port_ends_with_the_reason(tmp_path: Path) -> N
     assert "choose another broker.port" in error
 
 
-@pytest.mark.timeout(180)
 def test_tampered_files_are_refused_and_the_fleet_goes_on(kit: Kit, tmp_path: Path) -> None:
     state = ("--state", tmp_path / "fleet" / "cloud")
     with Fleet(tmp_path / "fleet", kit) as fleet:

@@ -15,7 +15,7 @@ from wearfleet_protos.tensors import decode_tensors
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.e2e
 
 SITES = {"east": ("anna", "ben"), "north": ("chloe", "dmitri"), "south": ("ben", "chloe")}
 PASSES = 2
@@ -93,7 +93,7 @@ def begin(relay: Fleet, sites: dict[str, SiteFleet]) -> None:
 
 def follow(relay: Fleet, sites: dict[str, SiteFleet]) -> None:
     """Kill the second site's process in its turn, start it again, and look at what came of the run."""
-    wait_for("north has begun its turn", lambda: len(sites["north"].runs()) == 2, 60)
+    wait_for("north has begun its turn", lambda: len(sites["north"].runs()) == 2)
     sites["north"].kill("ring")
     sites["north"].start_ring()
     wait_for("the ring ends", lambda: relay.rows("SELECT state FROM runs") != [("running",)], 120)

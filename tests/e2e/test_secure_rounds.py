@@ -99,7 +99,6 @@ def assert_no_figures(fleet: Fleet) -> None:
         assert row == (1, 0, 0.0, "{}")
 
 
-@pytest.mark.timeout(240)
 def test_three_rounds_with_an_agent_killed_after_it_shared_its_keys(kit: Kit, tmp_path: Path) -> None:
     with secure_fleet(tmp_path, kit) as fleet:
         run_id = start_run(fleet)
@@ -122,7 +121,6 @@ def test_three_rounds_with_an_agent_killed_after_it_shared_its_keys(kit: Kit, tm
             assert all(np.isfinite(array).all() for array in after.values())
 
 
-@pytest.mark.timeout(240)
 def test_a_service_killed_in_the_middle_skips_the_round_and_keeps_the_old_model(
     kit: Kit, tmp_path: Path
 ) -> None:
@@ -140,7 +138,6 @@ def test_a_service_killed_in_the_middle_skips_the_round_and_keeps_the_old_model(
         assert submitted(fleet, 3) == set(PEOPLE)
 
 
-@pytest.mark.timeout(240)
 def test_devices_that_ask_for_more_members_decline_and_nothing_is_sent(kit: Kit, tmp_path: Path) -> None:
     with secure_fleet(tmp_path, kit, minimum=10) as fleet:
         run_id = start_run(fleet, rounds=1)

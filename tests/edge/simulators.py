@@ -448,7 +448,7 @@ class Mosquitto:
             self.process = None
 
 
-def wait_until(condition, timeout_s=10.0):
+def wait_until(condition, timeout_s=30.0):
     """True as soon as ``condition()`` holds, False when it never does."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:

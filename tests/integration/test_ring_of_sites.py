@@ -30,7 +30,7 @@ from wearfleet_protos.batching import rng_key
 from wearfleet_protos.plan import PLAN_MEDIA_TYPE, Plan
 from wearfleet_protos.tensors import Digest, decode_tensors
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.slow
 
 RATE, BATCH, PASSES = 0.05, 16, 1
 LISTENING = {"threshold": 0.5, "personal_threshold": 0.1, "strength": 1.0}

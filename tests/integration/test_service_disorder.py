@@ -76,7 +76,6 @@ async def play(anna: Sender, ben: Sender, cleo: Sender) -> None:
         assert await ben.hand_in(number) == {ACCEPTED: 1}
 
 
-@pytest.mark.timeout(120)
 async def test_updates_that_come_twice_out_of_order_or_late_count_once_or_not_at_all(tmp_path: Path) -> None:
     settings = service_settings(tmp_path / "state")
     async with running_service(settings) as service:  # only to enrol

@@ -87,7 +87,6 @@ async def until_done(run_id: str, program: str, settings: Settings, stopped: str
         state.database.close()
 
 
-@pytest.mark.timeout(400)
 async def test_a_service_killed_at_each_state_of_a_round_goes_on_and_counts_nothing_twice(
     tmp_path: Path,
 ) -> None:
@@ -120,7 +119,6 @@ async def test_a_service_killed_at_each_state_of_a_round_goes_on_and_counts_noth
         await device.close()
 
 
-@pytest.mark.timeout(200)
 async def test_a_service_killed_when_a_round_was_skipped_or_a_run_stopped_goes_on_with_the_next(
     tmp_path: Path,
 ) -> None:

@@ -26,7 +26,6 @@ def is_a_share_of(percentage: float, windows: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_dsads_with_all_60_segments_is_tested_on_905_windows(tmp_path: Path) -> None:
     """119 windows of 7500 samples, 19 activities, 2 people: 4522 a domain (specs/ood.md 5.4)."""
     official_layouts.write_dsads(tmp_path, range(1, 5), 60)
@@ -57,7 +56,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.data
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_dsads_with_20_segments_is_tested_on_297_windows_by_the_same_rule(cache: Path) -> None:
     """floor((2500 - 125) / 62) + 1 = 39 windows; 39 * 19 * 2 = 1482; ceil(0.4 * 1482) = 593, the larger half 297."""
     for target in range(4):
@@ -83,7 +81,6 @@ USC_HAD = (
 
 @pytest.mark.data
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_usc_had_has_the_sizes_that_the_published_accuracies_are_shares_of(cache: Path) -> None:
     """By chance ten numbers of two decimals fit with a probability below 1e-13: one in 25 each, of 400 windows."""
     for target, (windows, *published) in enumerate(USC_HAD):
@@ -95,7 +92,6 @@ def test_usc_had_has_the_sizes_that_the_published_accuracies_are_shares_of(cache
 
 @pytest.mark.data
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_published_split_leaks_and_is_counted(cache: Path) -> None:
     scenario = opened("dsads-ddlearn", datasets.data_root(), cache)
     windows = scenario.prepared.windows

@@ -21,7 +21,7 @@ from wearfleet_cloud.data.scenarios import (
 )
 from wearfleet_protos.errors import DataError
 
-pytestmark = [pytest.mark.data, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.data, pytest.mark.slow]
 
 README: dict[str, dict[str, Any]] = {
     "hapt": {

@@ -108,7 +108,6 @@ def test_senseless_settings_are_refused(bad: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_new_people_cost_accuracy_and_personal_training_wins_it_back(tmp_path: Path) -> None:
     """The point of the simulator. Bounds are far wider than the spread over groups (0.75 to 0.90 when written)."""
     import torch

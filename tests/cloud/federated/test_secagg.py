@@ -70,7 +70,6 @@ def check_round(chosen: SecureParameters, group: Group, leaves: Mapping[str, Sta
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_drop_out_pattern_of_seven_gives_the_mean_of_the_others_or_none(stage: Stage) -> None:
     """All 128 subsets leave at one stage. Six neighbours, four shares needed: two may leave, or three at the end.
