@@ -61,7 +61,6 @@ def test_a_round_outlives_the_kill_of_an_agent_and_of_the_service(kit: Kit, tmp_
         wait_for(
             "the run ends",
             lambda: fleet.rows("SELECT state FROM runs WHERE run_id = ?", run_id) != [("running",)],
-            60,
         )
         assert fleet.rows("SELECT state, reason FROM runs") == [("done", "")]
         for name in PEOPLE:

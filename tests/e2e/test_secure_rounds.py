@@ -57,7 +57,6 @@ def wait_for_keys(fleet: Fleet, run_id: str, number: int) -> None:
     wait_for(
         f"keys are shared in round {number}",
         lambda: text in "".join(log.read_text().split()),
-        60,
         every=0.005,
     )
 
