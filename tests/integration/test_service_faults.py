@@ -58,14 +58,14 @@ async def test_a_full_disk_skips_the_round_and_the_next_one_goes_on_when_there_i
                 await anna.upload(update_of(1.0))
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
             assert "No space left" in str(caught.value.details())
-            await until(lambda: rounds_of(settings, run_id)[0][0] == "skipped", 20.0)
+            await until(lambda: rounds_of(settings, run_id)[0][0] == "skipped")
             assert rounds_of(settings, run_id)[0] == ("skipped", 0)
             disk.enlarge(8000)
             again = await asyncio.gather(anna.task(), ben.task())
             assert [task.tensors_digest for task in again] == [task.tensors_digest for task in tasks]
             receipts = await asyncio.gather(anna.answer(again[0], 1.0), ben.answer(again[1], 3.0))
             assert {receipt.status for receipt in receipts} == {ACCEPTED}
-            await until(lambda: rounds_of(settings, run_id)[-1][0] == "published", 20.0)
+            await until(lambda: rounds_of(settings, run_id)[-1][0] == "published")
             assert rounds_of(settings, run_id) == [("skipped", 0), ("published", 2)]
             state = open_state(settings)
             assert np.all(global_tensors(state, run_id)["a"] == 2.0)
@@ -92,7 +92,7 @@ async def test_an_upload_that_a_full_disk_cut_goes_on_where_it_stopped(tmp_path)
             assert 0 < committed < len(update)
             await anna.upload(update, offset=committed)
             assert (await anna.submit(task, digest_of(update))).status == ACCEPTED
-            await until(lambda: rounds_of(settings, run_id) == [("published", 1)], 20.0)
+            await until(lambda: rounds_of(settings, run_id) == [("published", 1)])
             state = open_state(settings)
             assert np.all(global_tensors(state, run_id)["a"] == 2.0)
             state.database.close()
@@ -120,7 +120,7 @@ async def test_a_device_on_a_slow_link_is_waited_for_and_holds_up_nobody_else(tm
                 ended[device.device_id] = time.monotonic() - began
 
             await asyncio.gather(work(anna, tasks[0]), work(ben, tasks[1]))
-            await until(lambda: rounds_of(settings, run_id) == [("published", 2)], 20.0)
+            await until(lambda: rounds_of(settings, run_id) == [("published", 2)])
             # a million bytes down and as many up
             assert ended[anna.device_id] > 2 * len(update_of(1.0)) / rate
             assert ended[ben.device_id] < ended[anna.device_id]
