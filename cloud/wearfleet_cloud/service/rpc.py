@@ -73,7 +73,7 @@ class RpcServer:
 
     def __init__(self, parts: RpcParts, files: ServerFiles, *, host: str, port: int, enrol_port: int) -> None:
         self._parts, self._host = parts, host
-        self._ports = (port, enrol_port)
+        self._port, self._enrol_port = port, enrol_port
         self._work = WorkStreams(parts.artifacts, parts.federation)
         pair = [(files.key.read_bytes(), files.certificate.read_bytes())]
         self._mutual = grpc.ssl_server_credentials(pair, files.ca.read_bytes(), require_client_auth=True)
@@ -94,9 +94,9 @@ class RpcServer:
         main, enrol = self._servers
         names = self._add_services(main, enrol)
         try:
-            port = self._bind(main, self._mutual, self._ports[0], "service.port")
+            port = self._bind(main, self._mutual, self._port, "service.port")
             await main.start()
-            enrol_port = self._bind(enrol, self._plain, self._ports[1], "service.enrol_port")
+            enrol_port = self._bind(enrol, self._plain, self._enrol_port, "service.enrol_port")
             self._running = running = describe(port, enrol_port)
             await enrol.start()
         except BaseException:
@@ -107,7 +107,7 @@ class RpcServer:
         return running
 
     def _add_services(self, main: grpc.aio.Server, enrol: grpc.aio.Server) -> tuple[str, ...]:
-        """Names whose health is asked for; the empty one is that of the whole server."""
+        """Add what both answer; the names whose health can be asked for ("" is the whole server)."""
         main.add_generic_rpc_handlers(tuple(self._main_services()))
         enrol.add_generic_rpc_handlers((_service("EnrolmentService", {"Enrol": self._enrol_method()}),))
         names = [
