@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, (program, install) in _NEEDS.items():
             if item.get_closest_marker(marker) and _find(program) is None and not strict:
                 item.add_marker(pytest.mark.skip(reason=f"{program} is not installed: {install}"))
+
+
+def pytest_collection_finish() -> None:
+    """Let torch's trace of every compilation be: pytest would listen to it, at a fifth of a compilation's time."""
+    if "torch" in sys.modules:
+        logging.getLogger("torch.__trace").propagate = True  # pytest adds a handler to loggers that do not propagate
 
 
 @pytest.fixture

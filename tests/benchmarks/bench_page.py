@@ -1,8 +1,9 @@
-"""What the live page costs: CPU of the server and of one open page, by number of devices.
+"""What the live page costs: CPU of the server and of one open page, and its delay, by number of devices.
 
 Run: ``python tests/benchmarks/bench_page.py [seconds]`` from the repository root; prints one JSON line a case.
 Each device recognises a window every 1.28 s. The server's share is its thread's CPU time; the page's share is the
-busy time of the browser's main thread, as the DevTools protocol reports it.
+busy time of the browser's main thread, as the DevTools protocol reports it. The delay, from a recognised window until
+it is drawn, is to stay below a second.
 """
 
 from __future__ import annotations
@@ -45,6 +46,18 @@ def stream(server: PageServer, wearers: list[Wearer], seconds: float) -> list[fl
     return calls
 
 
+def delays_ms(server: PageServer, live: LiveState, wearers: list[Wearer], page: Chrome) -> list[float]:
+    """Milliseconds from each of 50 recognised windows until the page has drawn it, in rising order."""
+    delays: list[float] = []
+    for wearer in islice(cycle(wearers), 50):
+        server.call(lambda wearer=wearer: wearer.step(time.time_ns()))
+        began = time.perf_counter()
+        while int(page.execute_script("return document.querySelector('.wf').dataset.version")) < live.version:
+            pass
+        delays.append(1e3 * (time.perf_counter() - began))
+    return sorted(delays)
+
+
 def measure(devices: int, seconds: float) -> dict[str, float]:
     """CPU shares in percent of one core, and microseconds of one call, with one viewer."""
     live = LiveState("bench", simulated=True)
@@ -57,12 +70,17 @@ def measure(devices: int, seconds: float) -> dict[str, float]:
         server_s, page_s, began = server.call(time.thread_time), busy_s(page), time.monotonic()
         calls = stream(server, wearers, seconds)
         span = time.monotonic() - began
+        server_percent = 100 * (server.call(time.thread_time) - server_s) / span
+        page_percent = 100 * (busy_s(page) - page_s) / span
+        delays = delays_ms(server, live, wearers, page)
         return {
             "devices": devices,
             "windows_per_s": round(len(calls) / span, 1),
-            "server_cpu_percent": round(100 * (server.call(time.thread_time) - server_s) / span, 2),
-            "page_cpu_percent": round(100 * (busy_s(page) - page_s) / span, 2),
+            "server_cpu_percent": round(server_percent, 2),
+            "page_cpu_percent": round(page_percent, 2),
             "call_us_median": round(1e6 * sorted(calls)[len(calls) // 2], 1),
+            "delay_ms_median": round(delays[len(delays) // 2], 1),
+            "delay_ms_most": round(delays[-1], 1),
         }
 
 

@@ -74,7 +74,7 @@ def test_a_disk_that_is_full_skips_a_round_and_the_next_one_counts_when_there_is
             for name in PEOPLE[:2]:
                 fleet.enrol(name)
                 fleet.start_agent(name)
-            begin(fleet, rounds=2, deadline_s=12)
+            begin(fleet, rounds=2, deadline_s=25)
             wait_for("the second round has begun", lambda: len(rounds_of(fleet)) == 2)
             assert rounds_of(fleet)[0] == "skipped"
             disk.enlarge(8000)

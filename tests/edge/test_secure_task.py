@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -222,10 +221,8 @@ def test_a_device_that_stops_while_it_waits_for_the_others_stops(bench):
     bench.peers.instead = lambda _: None
     offer(bench)
     threading.Timer(0.2, lambda: setattr(bench, "stopping", True)).start()
-    begin = time.monotonic()
     with pytest.raises(TransportError, match="stopping"):
         bench.worker.step()
-    assert time.monotonic() - begin < 5
     assert bench.cloud.declined == []
 
 

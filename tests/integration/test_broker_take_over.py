@@ -15,7 +15,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import CallbackAPIVersion
-from service_harness import signing_request
+from service_harness import signing_request, until
 from wearfleet_cloud.config import load_settings
 from wearfleet_cloud.fleet.identity import SERVICE_NAME, Authority
 from wearfleet_cloud.service.broker import create_broker
@@ -103,10 +103,7 @@ async def test_what_comes_between_the_take_over_and_the_services_return_is_not_l
         session = place.subscribe(second, lambda delivery: came.append(delivery.payload))
         second.admit_devices()
         await asyncio.to_thread(place.publish, second, b"after the return")
-        for _ in range(100):
-            if len(came) == 3:
-                break
-            await asyncio.sleep(0.05)
+        await until(lambda: len(came) >= 3)
         await asyncio.to_thread(session.stop)
         await second.stop()
         assert came == [b"while the service is away", b"after the take-over", b"after the return"]

@@ -200,7 +200,7 @@ async def test_a_site_killed_at_its_turn_is_passed_over_and_comes_back_at_its_pl
     async with AsyncExitStack() as stack:
         ring = RingUnderTest(tmp_path, stack, threads)
         stack.callback(threads.end)
-        await ring.start(gateway_lease_s=1.5)
+        await ring.start(gateway_lease_s=8.0)
         options = {"warm_rounds": 1, "laps": laps, **LISTENING}
         run_id = await asyncio.to_thread(start_ring, ring.settings, options, 1 + laps * len(SITES))
         await until(lambda: ring.invited(run_id, 3) == ["north"], 60.0)
@@ -235,7 +235,7 @@ async def test_without_its_last_site_the_last_stage_has_the_last_completed_model
     async with AsyncExitStack() as stack:
         ring = RingUnderTest(tmp_path, stack, threads)
         stack.callback(threads.end)
-        await ring.start(gateway_lease_s=1.5)
+        await ring.start(gateway_lease_s=8.0)
         options = {"warm_rounds": 1, "laps": 1, **LISTENING}
         run_id = await asyncio.to_thread(start_ring, ring.settings, options, 1 + len(SITES), 20.0)
         await until(lambda: ring.invited(run_id, 4) == ["south"], 60.0)

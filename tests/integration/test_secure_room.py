@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from secure_rounds import GROUP, SEVEN, parameters, plain_mean, updates
+from virtual_clock import in_virtual_time
 from wearfleet_cloud.service.secure_room import SecureRoom
 from wearfleet_protos.errors import AggregationError, ConflictError, DeniedError, IntegrityError
 from wearfleet_protos.secagg.codec import answer_from_pb, fill_answer, notice_from_pb, notice_to_pb
@@ -16,19 +17,20 @@ from wearfleet_protos.v1 import secagg_pb2
 
 CHOSEN = parameters(7, 5)
 UPDATES = updates(SEVEN, 5)
+STAGE_S, PATIENCE_S = 30.0, 300.0
 
 
 class Table:
     """A room and seven devices, whose messages go through their wire form."""
 
-    def __init__(self, stage_s: float = 30.0) -> None:
+    def __init__(self) -> None:
         self.out: list[tuple[frozenset[str], str]] = []
-        self.room = SecureRoom(CHOSEN, GROUP.verifier, stage_s, lambda who, why: self.out.append((who, why)))
+        self.room = SecureRoom(CHOSEN, GROUP.verifier, STAGE_S, lambda who, why: self.out.append((who, why)))
         self.clients = GROUP.clients(CHOSEN)
         self.inputs: dict[str, Any] = {}
         self.sent: dict[str, list[Answer]] = {name: [] for name in SEVEN}
 
-    async def ask(self, name: str, answer: Answer | None, wait_s: float = 20.0) -> Any:
+    async def ask(self, name: str, answer: Answer | None, wait_s: float = PATIENCE_S) -> Any:
         request = secagg_pb2.SecureRequest()
         if answer is not None:
             self.sent[name].append(answer)
@@ -63,6 +65,7 @@ def check(total: Any, members: tuple[str, ...]) -> None:
     assert np.abs(total.mean - plain_mean(UPDATES, members, CHOSEN)).max() < 2 * CHOSEN.clip / CHOSEN.levels
 
 
+@in_virtual_time
 async def test_a_round_gives_the_mean_and_answers_may_be_repeated_at_any_time() -> None:
     table = Table()
     await all_of(SEVEN, table.share)
@@ -78,8 +81,9 @@ async def test_a_round_gives_the_mean_and_answers_may_be_repeated_at_any_time() 
     assert table.out == []
 
 
+@in_virtual_time
 async def test_devices_that_come_too_late_are_left_out_at_the_deadline_and_told_so() -> None:
-    table = Table(stage_s=0.3)
+    table = Table()
     await all_of(SEVEN[:6], table.share)
     assert table.out == [(frozenset(SEVEN[6:]), "secure aggregation: it did not share its keys in time")]
     with pytest.raises(ConflictError):
@@ -91,6 +95,7 @@ async def test_devices_that_come_too_late_are_left_out_at_the_deadline_and_told_
     check(await total, SEVEN[:6])
 
 
+@in_virtual_time
 async def test_a_device_lost_after_it_shared_its_keys_is_not_in_the_sum() -> None:
     table = Table()
     await all_of(SEVEN, table.share)
@@ -104,13 +109,14 @@ async def test_a_device_lost_after_it_shared_its_keys_is_not_in_the_sum() -> Non
         await table.ask(SEVEN[6], None)
 
 
+@in_virtual_time
 async def test_devices_that_vanish_before_they_reveal_cost_the_round_only_below_the_threshold() -> None:
-    table = Table(stage_s=0.3)
+    table = Table()
     await all_of(SEVEN, table.share)
     total = asyncio.ensure_future(table.room.total(table.inputs))
     await all_of(SEVEN[:5], table.unmask)
     check(await total, SEVEN)  # two are gone, five of seven confirm and reveal: each secret has four holders
-    table = Table(stage_s=0.3)
+    table = Table()
     await all_of(SEVEN, table.share)
     total = asyncio.ensure_future(table.room.total(table.inputs))
     for name in SEVEN[:4]:
@@ -119,8 +125,9 @@ async def test_devices_that_vanish_before_they_reveal_cost_the_round_only_below_
         await total
 
 
+@in_virtual_time
 async def test_too_few_at_the_first_deadline_leaves_everybody_out() -> None:
-    table = Table(stage_s=0.2)
+    table = Table()
     waiting = asyncio.gather(*(table.share(name) for name in SEVEN[:3]), return_exceptions=True)
     assert all(isinstance(error, ConflictError) for error in await waiting)
     ((who, why),) = table.out
@@ -130,6 +137,7 @@ async def test_too_few_at_the_first_deadline_leaves_everybody_out() -> None:
         await table.room.total({})
 
 
+@in_virtual_time
 async def test_nobody_waits_longer_than_it_asked_for_and_others_go_on() -> None:
     table = Table()
     assert await table.ask(SEVEN[0], table.clients[SEVEN[0]].advertise(), wait_s=0.05) is None
@@ -137,6 +145,7 @@ async def test_nobody_waits_longer_than_it_asked_for_and_others_go_on() -> None:
     assert isinstance(await table.ask(SEVEN[0], table.sent[SEVEN[0]][0]), NeighbourKeys)
 
 
+@in_virtual_time
 async def test_strangers_and_forged_answers_change_nothing() -> None:
     table = Table()
     with pytest.raises(DeniedError):
@@ -150,6 +159,7 @@ async def test_strangers_and_forged_answers_change_nothing() -> None:
     await all_of(SEVEN, table.share)
 
 
+@in_virtual_time
 async def test_a_closed_room_answers_at_once() -> None:
     table = Table()
     waiting = asyncio.ensure_future(table.ask(SEVEN[0], table.clients[SEVEN[0]].advertise()))

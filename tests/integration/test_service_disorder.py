@@ -81,7 +81,7 @@ async def test_updates_that_come_twice_out_of_order_or_late_count_once_or_not_at
     async with running_service(settings) as service:  # only to enrol
         devices = [await enrolled_device(service, name) for name in VALUES]
     run_id = await asyncio.to_thread(
-        begin_run, settings, SHAPES, rounds=ROUNDS, min_clients=3, quorum=2, deadline_s=4.0
+        begin_run, settings, SHAPES, rounds=ROUNDS, min_clients=3, quorum=2, deadline_s=15.0
     )
     process, state = await asyncio.to_thread(start_ready, settings), open_state(settings)
 

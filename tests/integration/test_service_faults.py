@@ -51,7 +51,7 @@ async def test_a_full_disk_skips_the_round_and_the_next_one_goes_on_when_there_i
         async with running_service(settings) as service:
             anna, ben = [await enrolled_device(service, name) for name in ("anna", "ben")]
             run_id = await asyncio.to_thread(
-                begin_run, settings, SHAPES, rounds=2, min_clients=2, quorum=2, deadline_s=6.0
+                begin_run, settings, SHAPES, rounds=2, min_clients=2, quorum=2, deadline_s=15.0
             )
             tasks = await asyncio.gather(anna.task(), ben.task())
             with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -126,12 +126,12 @@ async def test_a_service_killed_when_a_round_was_skipped_or_a_run_stopped_goes_o
     async with running_service(settings) as service:
         devices = [await enrolled_device(service, name) for name in ("anna", "ben")]
     begin = partial(asyncio.to_thread, begin_run, settings, SHAPES)
-    skipping = await begin(rounds=2, min_clients=2, quorum=2, deadline_s=10.0)
+    skipping = await begin(rounds=2, min_clients=2, quorum=2, deadline_s=20.0)
     waiting = await begin(rounds=1, min_clients=3)  # there is no third device
     last = await begin(rounds=1, min_clients=2, quorum=2, deadline_s=100.0)
     points = ("skipped-with-an-update", "aborted")
     program = write_program(tmp_path / "mortal", "cloud", points)
-    late = (11.0, 0.0)  # ben's first update comes when the round is over
+    late = (22.0, 0.0)  # ben's first update comes when the round is over
     work = [asyncio.create_task(take_part(*of)) for of in ((devices[0], 1.0, 0.0), (devices[1], 3.0, *late))]
     try:
         await until_done(last, program, settings, stopped=waiting)

@@ -262,19 +262,22 @@ async def test_a_deadline_without_quorum_skips_the_round_and_keeps_the_tensors(t
     async with running_service(settings) as service:
         anna = await enrolled_device(service)
         run_id = await asyncio.to_thread(
-            begin_run, settings, SHAPES, rounds=2, min_clients=1, quorum=2, deadline_s=0.5
+            begin_run, settings, SHAPES, rounds=2, min_clients=1, quorum=2, deadline_s=5.0
         )
         first = await anna.task()
         assert (await anna.answer(first, 5.0)).status == federation_pb2.RECEIPT_STATUS_ACCEPTED
         second = await anna.task()
         assert second.round == 2
         assert second.tensors_digest == first.tensors_digest
-        late = await asyncio.gather(asyncio.sleep(0.7), anna.poll(0.1))
-        assert late[1] is not None
-        assert (await anna.answer_late(second)).status == federation_pb2.RECEIPT_STATUS_STALE
+        assert await anna.poll(0.1) is not None
         state = open_state(settings)
-        with state.database.read() as connection:
-            assert [row.state for row in list_rounds(connection, run_id)] == ["skipped", "skipped"]
+
+        def states() -> list[str]:
+            with state.database.read() as connection:
+                return [row.state for row in list_rounds(connection, run_id)]
+
+        await until(lambda: states() == ["skipped", "skipped"])
+        assert (await anna.answer_late(second)).status == federation_pb2.RECEIPT_STATUS_STALE
         state.database.close()
         await anna.close()
 
@@ -394,7 +397,7 @@ async def test_a_strategy_that_fails_in_an_unforeseen_way_ends_the_round_and_not
 async def test_a_silent_device_loses_its_place_to_another_one_and_takes_part_again_when_it_comes_back(
     tmp_path,
 ):
-    settings = service_settings(tmp_path, federation={"wearable_lease_s": 0.6})
+    settings = service_settings(tmp_path, federation={"wearable_lease_s": 4.0})
     async with running_service(settings) as service:
         anna, ben, cleo = [await enrolled_device(service, name) for name in ("anna", "ben", "cleo")]
         run_id = await asyncio.to_thread(begin_run, settings, SHAPES, rounds=1, min_clients=2, quorum=3)
@@ -405,7 +408,7 @@ async def test_a_silent_device_loses_its_place_to_another_one_and_takes_part_aga
                 await asyncio.sleep(0.1)
 
         working = asyncio.create_task(busy())
-        third = await cleo.task()  # anna says nothing for 0.9 s
+        third = await cleo.task()  # anna says nothing for 6 s
         assert third.round == 1
         state = open_state(settings)
 

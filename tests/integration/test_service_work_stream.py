@@ -132,6 +132,12 @@ async def test_a_device_that_wants_fewer_bytes_gets_the_task_alone_and_downloads
     assert digest_of(await alone.anna.download(task.tensors_digest)) == task.tensors_digest
 
 
+async def begun(alone) -> None:
+    """Wait until the service has begun to take an update of the device."""
+    folder = alone.settings.service.state_dir / "updates"
+    await until(lambda: any(folder.rglob(f"{alone.anna.device_id}.*.part")))
+
+
 async def forever(call: Callable[[], Awaitable[object]]) -> None:
     while True:
         await call()
@@ -220,7 +226,7 @@ async def test_a_stream_that_breaks_in_mid_update_keeps_what_came(alone, breaks)
         await alone.stream.call.done_writing()
         assert await alone.stream.refusal() == grpc.StatusCode.UNAVAILABLE
     else:
-        await asyncio.sleep(0.1)
+        await begun(alone)
         alone.stream.call.cancel()
 
     while (await alone.anna.stat(digest)).committed_offset != CHUNK_BYTES:  # the test has a time limit
@@ -241,7 +247,7 @@ async def test_the_same_update_on_two_streams_at_once_is_refused_on_the_second(a
     first, *rest = submission_messages(alone.task, digest_of(update), update)
     await alone.stream.send(first)
     second = Stream.of(alone.anna)
-    await asyncio.sleep(0.1)
+    await begun(alone)
     await second.send(first)
     assert await second.refusal() == grpc.StatusCode.UNAVAILABLE
     await alone.stream.send(*rest)
@@ -285,7 +291,7 @@ async def test_a_service_that_stops_answers_what_is_under_way_and_ends_the_idle_
     busy = Stream.of(alone.anna)
     first, *rest = submission_messages(alone.task, digest_of(update), update)
     await busy.send(first)
-    await asyncio.sleep(0.1)
+    await begun(alone)
     stopping = asyncio.create_task(alone.service.stop())
     assert await idle.call.read() == grpc.aio.EOF
     assert await idle.call.code() == grpc.StatusCode.OK
