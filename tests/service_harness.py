@@ -155,7 +155,7 @@ class Device:
         return [response async for response in stub.Work(iter(requests))]
 
     async def poll(
-        self, wait_s: float = 5.0, held: Sequence[str] = ()
+        self, wait_s: float = 60.0, held: Sequence[str] = ()
     ) -> federation_pb2.FederatedTask | None:
         """Ask for a task without its tensors."""
         poll = federation_pb2.PollTaskRequest(wait_seconds=wait_s, held_digests=held)

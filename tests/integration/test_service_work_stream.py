@@ -20,6 +20,7 @@ from service_harness import (
     until,
 )
 from wearfleet_cloud.service.state import open_state
+from wearfleet_cloud.storage.blobs import Upload
 from wearfleet_cloud.storage.device_records import revoke_device
 from wearfleet_cloud.storage.run_records import find_run, list_rounds
 from wearfleet_protos.chunks import CHUNK_BYTES, crc32c
@@ -55,7 +56,7 @@ class Stream:
 
     async def poll(self, most: int = MOST) -> tuple[federation_pb2.FederatedTask, bytes]:
         """A task that must come, with what was sent along."""
-        request = federation_pb2.PollTaskRequest(wait_seconds=10.0, max_streamed_bytes=most)
+        request = federation_pb2.PollTaskRequest(wait_seconds=60.0, max_streamed_bytes=most)
         await self.send(federation_pb2.WorkRequest(poll=request))
         response = await self.call.read()
         task, data = response.poll.task, bytearray()
@@ -132,10 +133,17 @@ async def test_a_device_that_wants_fewer_bytes_gets_the_task_alone_and_downloads
     assert digest_of(await alone.anna.download(task.tensors_digest)) == task.tensors_digest
 
 
-async def begun(alone) -> None:
-    """Wait until the service has begun to take an update of the device."""
-    folder = alone.settings.service.state_dir / "updates"
-    await until(lambda: any(folder.rglob(f"{alone.anna.device_id}.*.part")))
+@pytest.fixture
+def chunk_came(monkeypatch) -> asyncio.Event:
+    """Set when the service has taken a chunk of an update."""
+    came, append = asyncio.Event(), Upload.append
+
+    def noted(upload: Upload, offset: int, data: bytes | memoryview) -> None:
+        append(upload, offset, data)
+        came.set()
+
+    monkeypatch.setattr(Upload, "append", noted)
+    return came
 
 
 async def forever(call: Callable[[], Awaitable[object]]) -> None:
@@ -217,7 +225,7 @@ async def test_junk_ends_the_stream_as_an_invalid_argument(alone):
 
 
 @pytest.mark.parametrize("breaks", ["ends", "is cancelled"])
-async def test_a_stream_that_breaks_in_mid_update_keeps_what_came(alone, breaks):
+async def test_a_stream_that_breaks_in_mid_update_keeps_what_came(alone, chunk_came, breaks):
     update = update_of()
     digest = digest_of(update)
     first, *_ = submission_messages(alone.task, digest, update)
@@ -226,7 +234,7 @@ async def test_a_stream_that_breaks_in_mid_update_keeps_what_came(alone, breaks)
         await alone.stream.call.done_writing()
         assert await alone.stream.refusal() == grpc.StatusCode.UNAVAILABLE
     else:
-        await begun(alone)
+        await chunk_came.wait()
         alone.stream.call.cancel()
 
     while (await alone.anna.stat(digest)).committed_offset != CHUNK_BYTES:  # the test has a time limit
@@ -242,12 +250,12 @@ async def test_an_update_that_broke_off_can_be_sent_from_its_beginning(alone):
     assert await accepted_now(alone, update)
 
 
-async def test_the_same_update_on_two_streams_at_once_is_refused_on_the_second(alone):
+async def test_the_same_update_on_two_streams_at_once_is_refused_on_the_second(alone, chunk_came):
     update = update_of()
     first, *rest = submission_messages(alone.task, digest_of(update), update)
     await alone.stream.send(first)
     second = Stream.of(alone.anna)
-    await begun(alone)
+    await chunk_came.wait()
     await second.send(first)
     assert await second.refusal() == grpc.StatusCode.UNAVAILABLE
     await alone.stream.send(*rest)
@@ -282,7 +290,7 @@ async def test_a_device_that_is_revoked_is_refused_at_its_next_question(alone):
     assert await alone.stream.refusal() == grpc.StatusCode.PERMISSION_DENIED
 
 
-async def test_a_service_that_stops_answers_what_is_under_way_and_ends_the_idle_streams(alone):
+async def test_a_service_that_stops_answers_what_is_under_way_and_ends_the_idle_streams(alone, chunk_came):
     idle, waiting = alone.stream, await enrolled_device(alone.service, "ben")
     poll = federation_pb2.PollTaskRequest(wait_seconds=60.0)
     asked = Stream.of(waiting)
@@ -291,7 +299,7 @@ async def test_a_service_that_stops_answers_what_is_under_way_and_ends_the_idle_
     busy = Stream.of(alone.anna)
     first, *rest = submission_messages(alone.task, digest_of(update), update)
     await busy.send(first)
-    await begun(alone)
+    await chunk_came.wait()
     stopping = asyncio.create_task(alone.service.stop())
     assert await idle.call.read() == grpc.aio.EOF
     assert await idle.call.code() == grpc.StatusCode.OK
