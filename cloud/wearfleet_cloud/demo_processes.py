@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -41,16 +43,16 @@ class Processes:
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log = (self._log_dir / f"{name}.log").open("w")
         self._files.append(log)
-        process = subprocess.Popen(  # noqa: S603 - our own programs
-            [_program(command[0]), *command[1:]],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl-C reaches us alone; we end the others in order
-            env=_environment(),
-        )
-        self._running[name] = process
+        with _ctrl_c_waits():
+            process = self._running[name] = subprocess.Popen(  # noqa: S603 - our own programs
+                [_program(command[0]), *command[1:]],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches us alone; we end the others in order
+                env=_environment(),
+            )
         return process
 
     def ready_line(self, name: str) -> Mapping[str, Any]:
@@ -118,15 +120,32 @@ class Processes:
                 process.stdout.close()
 
     def stop_all(self) -> None:
-        """End everything, the youngest first, and close the logs."""
-        self.stop(list(reversed(self._running)))
-        for log in self._files:
-            log.close()
+        """End everything, the youngest first, and close the logs; a second Ctrl-C does not leave any of it behind."""
+        with _ctrl_c_waits():
+            self.stop(list(reversed(self._running)))
+            for log in self._files:
+                log.close()
 
     def _tail(self, name: str) -> str:
         path = self._log_dir / f"{name}.log"
         lines = path.read_text(errors="replace").splitlines()[-6:]
         return (" / ".join(lines) or "it wrote nothing") + f" (all of it: {path})"
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C that comes meanwhile counts afterwards: a process that was started is never out of our books."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets it
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _program(name: str) -> str:

@@ -25,9 +25,9 @@ from wearfleet_protos.manifest import MODEL_INPUT, MODEL_OUTPUTS, ModelManifest,
 from wearfleet_protos.plan import InputContract
 from wearfleet_protos.tensors import digest_of
 
-from wearfleet_cloud.export.contract import check_model
 from wearfleet_cloud.export.graph_tidy import tidy
 from wearfleet_cloud.export.scored_classifier import OodStatistics, ScoredClassifier, scored_classifier
+from wearfleet_cloud.fleet.model_contract import check_model
 
 __all__ = ["OPSET", "ReleaseInfo", "export_bytes", "export_model", "finish", "write_release"]
 

@@ -47,7 +47,7 @@ class Registry:
             ModelContractError: the bytes are not what the manifest says, or lack what a device needs.
             ConflictError: the model line has this version or a higher one already.
         """
-        from wearfleet_cloud.export.contract import check_model  # noqa: PLC0415 - loads torch, which serving does not need
+        from wearfleet_cloud.fleet.model_contract import check_model  # noqa: PLC0415 - loads onnx, which serving does not need
 
         check_model(model, manifest)
         document = self._keys.sign(manifest.to_bytes(), MANIFEST_MEDIA_TYPE)

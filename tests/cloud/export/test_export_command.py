@@ -12,8 +12,8 @@ from wearfleet_cloud.cli import export
 from wearfleet_cloud.data import dataset_named
 from wearfleet_cloud.data.prepared import prepare
 from wearfleet_cloud.data.scenarios import cross_person
-from wearfleet_cloud.export.contract import check_model
 from wearfleet_cloud.export.run_folder import read_run, windows_of_run
+from wearfleet_cloud.fleet.model_contract import check_model
 from wearfleet_cloud.training.config import TrainConfig
 from wearfleet_cloud.training.trainer import model_spec_for, train
 from wearfleet_protos.errors import DataError, IntegrityError, NotFoundError

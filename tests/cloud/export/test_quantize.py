@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from wearfleet_cloud.export.contract import check_model
 from wearfleet_cloud.export.quantize import QuantizedModel, balanced_choice, quantize, require_budget
 from wearfleet_cloud.export.session import Session
+from wearfleet_cloud.fleet.model_contract import check_model
 from wearfleet_protos.errors import ConfigError, IntegrityError, ModelContractError, ShapeError
 
 

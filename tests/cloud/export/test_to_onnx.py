@@ -12,11 +12,11 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import numpy_helper
-from wearfleet_cloud.export.contract import check_model
 from wearfleet_cloud.export.graph_tidy import ancestors
 from wearfleet_cloud.export.scored_classifier import fit_ood
 from wearfleet_cloud.export.session import Session
 from wearfleet_cloud.export.to_onnx import export_bytes, export_model
+from wearfleet_cloud.fleet.model_contract import check_model
 from wearfleet_models import tensor_specs
 from wearfleet_protos.errors import ModelContractError, ShapeError
 from wearfleet_protos.manifest import METADATA_KEYS, MODEL_OUTPUTS, ModelManifest
