@@ -6,16 +6,20 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 denied, 5 conflict, 75 try la
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from wearfleet_protos.errors import WearfleetError
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    import typer
+
+__all__ = ["create_app", "main"]
 
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     try:
-        _run()
+        create_app()()
     except WearfleetError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -27,7 +31,8 @@ def main() -> None:
         sys.exit(f"wearfleet-cloud needs the cloud extra ({error}): pip install 'wearfleet[cloud]'")
 
 
-def _run() -> None:
+def create_app() -> typer.Typer:
+    """The command line with all its commands."""
     import typer
 
     from wearfleet_cloud.cli import benchmark, data, demo, export, plan, serve, simulate, train
@@ -40,4 +45,4 @@ def _run() -> None:
     )
     for module in (demo, serve, data, train, benchmark, export, plan, simulate):
         module.register(app)
-    app()
+    return app

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from wearfleet_protos.errors import ConfigError
-from wearfleet_protos.plan import Plan
 
-from wearfleet_cloud.federated import STRATEGIES, create_strategy, default_options
+if TYPE_CHECKING:
+    from wearfleet_protos.plan import Plan
 
 __all__ = ["parse_settings", "register"]
 
@@ -32,6 +32,8 @@ def register(app: typer.Typer) -> None:
 
 def strategies(as_json: Json = False) -> None:
     """Every federated strategy: paper, phases, what stays on the device, what it composes with."""
+    from wearfleet_cloud.federated import STRATEGIES, default_options
+
     rows: list[dict[str, Any]] = [
         {
             "name": info.name,
@@ -73,8 +75,10 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Compile a strategy's client side for the model of a training run."""
+    from wearfleet_cloud.federated import create_strategy
+
     chosen = create_strategy(strategy, parse_settings(settings or []))
-    from wearfleet_cloud.data import dataset_named
+    from wearfleet_cloud.data import dataset_named  # what follows loads torch
     from wearfleet_cloud.export.run_folder import contract_of, read_run
     from wearfleet_cloud.federated.plan_builder import build_plan
     from wearfleet_cloud.federated.plan_files import save_plan

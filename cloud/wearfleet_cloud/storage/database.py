@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config as AlembicConfig
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import StaticPool
 from wearfleet_protos.errors import ConfigError, TransportError
@@ -26,6 +24,7 @@ __all__ = ["Database", "insert_or_skip"]
 T = TypeVar("T")
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
+_VERSION: Final = sa.table("alembic_version", sa.column("version_num", sa.String))
 _BUSY_MS: Final = 15_000
 
 
@@ -36,7 +35,7 @@ class Database:
         url: SQLAlchemy URL, ``sqlite:///path``, ``sqlite://`` (in memory) or ``postgresql+psycopg://...``.
 
     Raises:
-        ConfigError: the URL is wrong, or the database cannot be opened or brought to this version.
+        ConfigError: the URL is wrong, the database cannot be opened or brought to this version, or is newer.
     """
 
     def __init__(self, url: str) -> None:
@@ -91,16 +90,36 @@ class Database:
                 self._turn.release()
 
     def _upgrade(self) -> None:
+        where = sa.make_url(self.url).render_as_string(hide_password=True)
+        newest = max(path.stem[1:5] for path in (_MIGRATIONS / "versions").glob("v[0-9]*.py"))
+        try:
+            found = self._version()
+            if found > newest:
+                raise ConfigError(
+                    f"the database {where} has version {found}, this program knows {newest}; use a newer program"
+                )
+            if found < newest:
+                self._migrate()
+        except (sa.exc.SQLAlchemyError, TransportError) as error:
+            raise ConfigError(f"cannot open the database {where}: {error}; check database.url") from error
+
+    def _version(self) -> str:
+        """Number of the migration that the database stands at; empty when it is new."""
+        with self.read() as connection:
+            if not sa.inspect(connection).has_table(_VERSION.name):
+                return ""
+            return connection.execute(sa.select(_VERSION.c.version_num)).scalar() or ""
+
+    def _migrate(self) -> None:
+        from alembic import command  # noqa: PLC0415 - slow to load, and seldom needed
+        from alembic.config import Config as AlembicConfig  # noqa: PLC0415
+
         config = AlembicConfig()
         config.set_main_option("script_location", str(_MIGRATIONS))
-        try:
-            with self.write() as connection:
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")
-                insert_or_skip(connection, revision, {"id": 1, "value": 0})
-        except (sa.exc.SQLAlchemyError, TransportError) as error:
-            where = sa.make_url(self.url).render_as_string(hide_password=True)
-            raise ConfigError(f"cannot open the database {where}: {error}; check database.url") from error
+        with self.write() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            insert_or_skip(connection, revision, {"id": 1, "value": 0})
 
 
 def insert_or_skip(

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from postgres_server import postgres_server
@@ -95,16 +96,39 @@ def test_the_migrations_make_exactly_the_tables_that_the_code_knows(database):
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
 
 
-def test_opening_a_database_again_changes_nothing(tmp_path):
+def test_opening_a_database_again_changes_and_migrates_nothing(tmp_path, monkeypatch):
     url = f"sqlite:///{tmp_path / 'x.db'}"
     first = Database(url)
     with first.write() as connection:
         insert_device(connection, ANNA)
     first.close()
+    monkeypatch.setattr("alembic.command.upgrade", None)
     again = Database(url)
     with again.read() as connection:
         assert list_devices(connection) == [ANNA]
     again.close()
+
+
+def test_a_database_of_an_older_version_is_brought_to_this_one(tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path / 'x.db'}"
+    upgrade = command.upgrade
+    monkeypatch.setattr("alembic.command.upgrade", lambda config, _: upgrade(config, "0002"))
+    Database(url).close()
+    monkeypatch.undo()
+    database = Database(url)
+    with database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
+    database.close()
+
+
+def test_a_database_of_a_newer_program_is_refused_and_left_alone(tmp_path):
+    url = f"sqlite:///{tmp_path / 'x.db'}"
+    database = Database(url)
+    with database.write() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    database.close()
+    with pytest.raises(ConfigError, match=r"has version 9999, this program knows \d{4}; use a newer program"):
+        Database(url)
 
 
 def test_a_transaction_that_raises_leaves_nothing(database):
