@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-from oracles.small_federation import CONTRACT, arrays
+from oracles.compiled import compiled_plan
+from oracles.small_federation import arrays
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution
 from wearfleet_cloud.federated.base import Strategy
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_edge.trainer import Limits, PlanResult, TrainingData, run_plan, start_state, upload_tensors
 from wearfleet_models.classifier import Classifier
 from wearfleet_protos.tensors import NO_RANK_LIMIT
@@ -38,7 +38,7 @@ class Federation:
     ranks: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.plan, self.graphs = build_plan(self.strategy, self.network, CONTRACT, plan_id="p", seed=SEED)
+        self.plan, self.graphs = compiled_plan(self.strategy, self.network, seed=SEED)
         known = arrays(self.network)
         self.tensors = {
             s.name: known.get(s.name, np.zeros(s.shape, s.dtype)) for s in self.plan.download_specs()

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from oracles.compiled import compiled_plan
 from oracles.edge_rounds import SEED, Split
-from oracles.small_federation import CONTRACT, arrays
+from oracles.small_federation import arrays
 from oracles.torch_clients import Arrays, batches_of, epochs_of_sgd, loaded
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.federated.base import Strategy
@@ -67,7 +68,7 @@ def stacked_and_wire(
     population = Population([SimulatedClient(n, s["train"], s["holdout"]) for n, s in clients.items()])
     runners = (
         lambda s: StackedClients(s, network, SEED),
-        lambda s: WireClients(s, network, CONTRACT, SEED, device_engine),
+        lambda s: WireClients(*compiled_plan(s, network, seed=SEED), device_engine),
     )
     fast, real = (simulate(strategy, network, population, Simulation(2, seed=SEED), run) for run in runners)
     factors = [n for n, role in tensor_roles(network).items() if role == TensorRole.LORA_A]

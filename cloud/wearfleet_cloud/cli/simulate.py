@@ -336,10 +336,17 @@ def _on_ray(
 
 def _wire(prepared: Prepared, model: Classifier, seed: int) -> Callable[[Strategy], Runner]:
     from wearfleet_cloud.export.run_folder import contract_of
+    from wearfleet_cloud.federated.plan_builder import build_plan
     from wearfleet_cloud.federated.wire_clients import WireClients
 
     contract = contract_of(prepared.dataset)
-    return lambda strategy: WireClients(strategy, model, contract, seed, device_engine)
+
+    def runner(strategy: Strategy) -> Runner:
+        return WireClients(
+            *build_plan(strategy, model, contract, plan_id="simulation", seed=seed), device_engine
+        )
+
+    return runner
 
 
 def device_engine(

@@ -4,14 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from wearfleet_models.classifier import Classifier
 from wearfleet_protos.codecs import FLOAT32, Residual
-from wearfleet_protos.plan import InputContract, Plan
+from wearfleet_protos.plan import Plan
 from wearfleet_protos.tensors import Digest, decode_tensors, encode_tensors
 
 from wearfleet_cloud.federated.aggregate import Arrays
-from wearfleet_cloud.federated.base import Strategy
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.selection_protocols import VALIDATION
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 from wearfleet_cloud.federated.stacked_clients import ClientRound, Kept
@@ -58,18 +55,13 @@ class WireClients:
     """Implements ``stacked_clients.Runner``.
 
     Args:
-        strategy: with its hyper-parameters.
-        model: architecture.
-        contract: of its windows.
-        seed: of the plan.
+        plan: what clients do.
+        graphs: of the plan.
         engine: runs plans.
     """
 
-    def __init__(
-        self, strategy: Strategy, model: Classifier, contract: InputContract, seed: int, engine: Engine
-    ) -> None:
-        plan, self._graphs = build_plan(strategy, model, contract, plan_id="simulation", seed=seed)
-        self._plan = Plan.from_bytes(plan.to_bytes())
+    def __init__(self, plan: Plan, graphs: Mapping[Digest, bytes], engine: Engine) -> None:
+        self._plan, self._graphs = Plan.from_bytes(plan.to_bytes()), graphs
         self.specs, self._format = self._plan.tensors, self._plan.update_format()
         self._engine = engine
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from oracles.compiled import compiled_plan
 from oracles.edge_rounds import SEED
-from oracles.small_federation import CONTRACT, arrays, model, splits
+from oracles.small_federation import arrays, model, splits
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.federated import create_strategy
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation, simulate
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 from wearfleet_cloud.federated.stacked_clients import StackedClients
@@ -32,7 +32,7 @@ CODECS: dict[str, dict[str, object]] = {
 
 
 def plan_of(strategy: str, **options: object) -> Plan:
-    return build_plan(create_strategy(strategy, {**LOCAL, **options}), model("cnn"), CONTRACT, plan_id="p")[0]
+    return compiled_plan(create_strategy(strategy, {**LOCAL, **options}), model("cnn"))[0]
 
 
 def test_a_plan_declares_the_codec_of_its_options() -> None:
@@ -83,7 +83,7 @@ def stacked(strategy) -> StackedClients:
 
 
 def wired(strategy) -> WireClients:
-    return WireClients(strategy, model("cnn"), CONTRACT, SEED, device_engine)
+    return WireClients(*compiled_plan(strategy, model("cnn"), seed=SEED), device_engine)
 
 
 FAST = ("int8", "topk")

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from oracles.compiled import compiled_plan
 from oracles.edge_rounds import SEED
-from oracles.small_federation import CONTRACT, model, splits
+from oracles.small_federation import model, splits
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.broadcast import SimulatedDownloads, download_format, step_of
 from wearfleet_cloud.federated.cohort import CohortPolicy
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.simulate import Outcome, Population, Simulation, simulate
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
 from wearfleet_cloud.federated.stacked_clients import StackedClients
@@ -35,7 +35,9 @@ def stacked(strategy) -> StackedClients:
 
 
 def wired(strategy) -> WireClients:
-    return WireClients(strategy, strategy.network(model("cnn"), SEED), CONTRACT, SEED, device_engine)
+    return WireClients(
+        *compiled_plan(strategy, strategy.network(model("cnn"), SEED), seed=SEED), device_engine
+    )
 
 
 def outcome(
@@ -49,7 +51,7 @@ def outcome(
 
 def plan_of(name: str, **options: object) -> Plan:
     strategy = create_strategy(name, {**LOCAL, **options})
-    return build_plan(strategy, strategy.network(model("cnn"), SEED), CONTRACT, plan_id="p")[0]
+    return compiled_plan(strategy, strategy.network(model("cnn"), SEED))[0]
 
 
 def test_a_plan_declares_the_downlink_of_its_options() -> None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from oracles.compiled import compiled_plan
 from oracles.edge_rounds import SEED, Federation
-from oracles.small_federation import CONTRACT, arrays, model, splits
+from oracles.small_federation import arrays, model, splits
 from oracles.torch_clients import batches_of, descend, gradients, loaded
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.federated import create_strategy
@@ -233,7 +234,7 @@ def test_runners_agree_on_clients_of_unequal_ranks() -> None:
     assert [client.max_lora_rank for client in clients] == [4, 2, 4]
     runners = [StackedClients(STRATEGY, NETWORK, SEED, at_once=at_once) for at_once in (3, 1)]
     made = [outcome(clients, runner) for runner in runners]
-    made.append(outcome(clients, WireClients(STRATEGY, NETWORK, CONTRACT, SEED, device_engine)))
+    made.append(outcome(clients, WireClients(*compiled_plan(STRATEGY, NETWORK, seed=SEED), device_engine)))
     for found in made:
         assert found.state[f"feature/{RANK}"].tolist() == [4.0, 2.0, 4.0]
         for name in CLIENTS:

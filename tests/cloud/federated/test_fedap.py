@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from oracles import fedap as oracle
+from oracles.compiled import compiled_plan
 from oracles.edge_rounds import SEED, Federation
-from oracles.small_federation import CONTRACT, arrays, model, splits
+from oracles.small_federation import arrays, model, splits
 from oracles.torch_clients import batches_of, epochs_of_sgd, loaded
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.aggregate import Averaged, Contribution
 from wearfleet_cloud.federated.client_models import ClientModels
 from wearfleet_cloud.federated.fedap import FedAP
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_protos.errors import AggregationError, ConfigError
 from wearfleet_protos.tensors import TensorRole
 
@@ -102,7 +102,8 @@ def test_normalisation_stays_and_every_client_has_a_model_of_its_own() -> None:
 
 def reference_strategy(seed: int, monkeypatch: pytest.MonkeyPatch, **options: object) -> FedAP:
     monkeypatch.setattr(FedAP, "_reference", lambda *_: model("cnn", seed))
-    made = create_strategy("fedap", {**OPTIONS, "weight_source": "pretrained", **options})
+    known = {"weight_source": "pretrained", "reference": f"network {seed}"}
+    made = create_strategy("fedap", {**OPTIONS, **known, **options})
     assert isinstance(made, FedAP)
     return made
 
@@ -128,9 +129,9 @@ def test_pooled_statistics_are_those_of_all_windows_at_once(monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_the_reference_travels_in_a_graph_and_not_with_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, _ = build_plan(create_strategy("fedap", OPTIONS), model("cnn"), CONTRACT, plan_id="p")
-    with_it, graphs = build_plan(reference_strategy(5, monkeypatch), model("cnn"), CONTRACT, plan_id="p")
-    other, _ = build_plan(reference_strategy(6, monkeypatch), model("cnn"), CONTRACT, plan_id="p")
+    plain, _ = compiled_plan(create_strategy("fedap", OPTIONS), model("cnn"))
+    with_it, graphs = compiled_plan(reference_strategy(5, monkeypatch), model("cnn"))
+    other, _ = compiled_plan(reference_strategy(6, monkeypatch), model("cnn"))
     assert with_it.download_specs() == plain.download_specs()
     assert with_it.upload_specs() == plain.upload_specs()
     (phase,), (phase2,) = ([p for p in plan.phases if p.name == "statistics"] for plan in (with_it, other))
@@ -275,7 +276,7 @@ def assert_same(one: Averaged, other: Averaged) -> None:
 
 def test_without_batch_normalisation_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch normalisation"):
-        build_plan(create_strategy("fedap", {}), model("transformer"), CONTRACT, plan_id="p")
+        compiled_plan(create_strategy("fedap", {}), model("transformer"))
 
 
 @pytest.mark.parametrize(

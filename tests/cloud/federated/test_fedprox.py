@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from oracles.compiled import compiled_plan
 from oracles.plan_runner import run_plan
-from oracles.small_federation import CONTRACT, arrays, model, splits
+from oracles.small_federation import arrays, model, splits
 from wearfleet_cloud.federated import create_strategy
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.reference_client import run_client
 from wearfleet_models.classifier import Classifier
 from wearfleet_protos.errors import ConfigError
@@ -53,7 +53,7 @@ def test_the_plan_of_the_norm_form_is_its_reference() -> None:
         model("cnn"),
     )
     expected = run_client(strategy, network, arrays(network), {}, splits(1), seed=3, round_number=2)
-    plan, graphs = build_plan(strategy, network, CONTRACT, plan_id="p", seed=3)
+    plan, graphs = compiled_plan(strategy, network, seed=3)
     state, _, _ = run_plan(plan, graphs, arrays(network), {}, splits(1), round_number=2)
     for tensor, array in expected.state.items():
         error = np.linalg.norm(state[tensor] - array) / max(float(np.linalg.norm(array)), 1e-3)

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from oracles.small_federation import CONTRACT, model, splits
+from oracles.compiled import compiled_plan
+from oracles.small_federation import model, splits
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.federated import create_strategy
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.privacy.central import check_plan
 from wearfleet_cloud.federated.simulate import Population, Simulation, simulate
 from wearfleet_cloud.federated.simulated_clients import SimulatedClient
@@ -36,7 +36,7 @@ def stacked(strategy) -> StackedClients:
 
 
 def wired(strategy) -> WireClients:
-    return WireClients(strategy, START, CONTRACT, 7, device_engine)
+    return WireClients(*compiled_plan(strategy, START, seed=7), device_engine)
 
 
 @pytest.mark.parametrize("runner", [stacked, wired])
@@ -75,13 +75,13 @@ def test_local_privacy_needs_a_fixed_clip(options: dict[str, object]) -> None:
 
 def test_statistics_of_normalisation_are_refused() -> None:
     with pytest.raises(ConfigError, match="fedbn"):
-        build_plan(made(), model("cnn"), CONTRACT, plan_id="p")
+        compiled_plan(made(), model("cnn"))
 
 
 def test_a_run_is_refused_whose_plan_has_other_noise_than_its_options() -> None:
     """The ledger would count on noise that no device adds."""
-    bare, _ = build_plan(create_strategy("fedavg", {}), START, CONTRACT, plan_id="p")
-    noisy, _ = build_plan(made(clip=0.5), START, CONTRACT, plan_id="p")
+    bare, _ = compiled_plan(create_strategy("fedavg", {}), START)
+    noisy, _ = compiled_plan(made(clip=0.5), START)
     check_plan(made(clip=0.5), noisy)
     check_plan(create_strategy("fedavg", {}), bare)
     for strategy, plan in (
@@ -94,7 +94,7 @@ def test_a_run_is_refused_whose_plan_has_other_noise_than_its_options() -> None:
 
 
 def test_a_device_turns_a_plan_down_that_is_weaker_than_it_allows() -> None:
-    plan, _ = build_plan(made(noise_multiplier=1.0, clip=0.5), START, CONTRACT, plan_id="p")
+    plan, _ = compiled_plan(made(noise_multiplier=1.0, clip=0.5), START)
     assert (plan.upload.clip, plan.upload.noise) == (0.5, 1.0)
     given = gaussian_epsilon(1.0, 1e-5)
     require_demands(PlanDemands(given * 1.001), plan, uploads=True)
@@ -111,7 +111,7 @@ def test_a_device_turns_a_plan_down_that_is_weaker_than_it_allows() -> None:
 
 
 def test_a_device_takes_part_in_the_strategies_that_it_names() -> None:
-    plan, _ = build_plan(made(), START, CONTRACT, plan_id="p")
+    plan, _ = compiled_plan(made(), START)
     require_demands(PlanDemands(strategies=frozenset({"fedavg", "fedbn"})), plan, uploads=True)
     with pytest.raises(DeniedError, match=r"fedavg is not among.*fedbn"):
         require_demands(PlanDemands(strategies=frozenset({"fedbn"})), plan, uploads=False)

@@ -6,11 +6,11 @@ from pathlib import Path
 import onnx
 import pytest
 import typer
-from oracles.small_federation import CONTRACT, model
+from oracles.compiled import compiled_plan
+from oracles.small_federation import model
 from typer.testing import CliRunner
 from wearfleet_cloud.cli.plan import parse_settings, register
 from wearfleet_cloud.federated import STRATEGIES, create_strategy
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.plan_files import check_plan, load_plan, save_plan
 from wearfleet_cloud.training.model_files import save_model
 from wearfleet_models.classifier import ModelSpec, build_classifier
@@ -28,7 +28,7 @@ def call(*arguments: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    plan, graphs = build_plan(create_strategy("fedbn", {}), model("cnn"), CONTRACT, plan_id="test-plan")
+    plan, graphs = compiled_plan(create_strategy("fedbn", {}), model("cnn"), plan_id="test-plan")
     save_plan(tmp_path / "plan", plan, graphs)
     return tmp_path / "plan"
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from oracles.compiled import compiled_plan
 from oracles.dp_sgd import dp_sgd, poisson_sgd, window_gradients
 from oracles.edge_rounds import LIMITS, SEED
-from oracles.small_federation import CONTRACT, arrays, model, splits
+from oracles.small_federation import arrays, model, splits
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.federated import client_steps, create_strategy
 from wearfleet_cloud.federated.client_program import ClientPhase
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.privacy.central import check_plan
 from wearfleet_cloud.federated.privacy.record import bare_tensors, check_record
 from wearfleet_cloud.federated.simulate import Population, Simulation, simulate
@@ -41,7 +41,7 @@ def made(name: str = "fedavg", **options: object):
 
 def on_device(strategy, network, name: str, source=None, tensors=None):
     """State after a round of a client on the agent's engine, and its update."""
-    plan, graphs = build_plan(strategy, network, CONTRACT, plan_id="p", seed=SEED)
+    plan, graphs = compiled_plan(strategy, network, seed=SEED)
     known = arrays(network) if tensors is None else tensors
     given = {s.name: known.get(s.name, np.zeros(s.shape, s.dtype)) for s in plan.download_specs()}
     before = start_state(plan, given, {})
@@ -159,13 +159,13 @@ def test_a_federation_over_the_wire_is_the_stacked_one_when_it_draws_the_same() 
         return simulate(strategy, network, Population(CLIENTS), Simulation(2, seed=SEED), runner).tensors
 
     stacked = run(lambda s: StackedClients(s, network, SEED))
-    wired = run(lambda s: WireClients(s, network, CONTRACT, SEED, engine))
+    wired = run(lambda s: WireClients(*compiled_plan(s, network, seed=SEED), engine))
     close(wired, stacked, arrays(network))
 
 
 @pytest.mark.parametrize("name", ["fedper", "ditto", "scaffold", "fednova", "fedadam", "fedbuff"])
 def test_strategies_whose_updates_are_made_of_noised_steps_take_it(name: str) -> None:
-    plan, _ = build_plan(made(name), model("cnn-plain"), CONTRACT, plan_id="p")
+    plan, _ = compiled_plan(made(name), model("cnn-plain"))
     assert [p.name for p in plan.phases if p.loop.sampling_rate] == ["train"]
     own = {s.name for s in plan.tensors if s.name.startswith(("personal/", "train_personal/"))}
     assert (
@@ -175,7 +175,7 @@ def test_strategies_whose_updates_are_made_of_noised_steps_take_it(name: str) ->
 
 def test_a_plan_in_which_windows_go_round_the_noise_is_refused() -> None:
     strategy = made("ditto")
-    plan, _ = build_plan(strategy, model("cnn-plain"), CONTRACT, plan_id="p")
+    plan, _ = compiled_plan(strategy, model("cnn-plain"))
     check_plan(strategy, plan)
     groups = (*plan.upload.groups, next(s.group for s in plan.tensors if s.name.startswith("personal/")))
     roles = (*plan.upload.roles, next(s.role for s in plan.tensors if s.name.startswith("personal/")))
@@ -187,7 +187,7 @@ def test_a_plan_in_which_windows_go_round_the_noise_is_refused() -> None:
 
 def test_what_is_kept_and_read_by_noised_steps_makes_them_bare() -> None:
     """A personal model that is trained without noise and read by the noised steps of the next round."""
-    plan, _ = build_plan(made("ditto"), model("cnn-plain"), CONTRACT, plan_id="p")
+    plan, _ = compiled_plan(made("ditto"), model("cnn-plain"))
     train = next(p for p in plan.phases if p.name == "train")
     personal = next(s.name for s in plan.tensors if s.name.startswith("personal/"))
     reads = replace(train.inputs[0], source=personal, input="added", kind="state")
@@ -203,7 +203,7 @@ def test_what_is_kept_and_read_by_noised_steps_makes_them_bare() -> None:
 def test_a_run_is_refused_whose_plan_has_other_steps_than_its_options(change: dict[str, object]) -> None:
     """The ledger would count on steps that no device makes."""
     strategy = made(**change)
-    plan, _ = build_plan(made(), model("cnn-plain"), CONTRACT, plan_id="p")
+    plan, _ = compiled_plan(made(), model("cnn-plain"))
     with pytest.raises(ConfigError, match="same --set"):
         check_plan(strategy, plan)
 

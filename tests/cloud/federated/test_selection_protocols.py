@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from oracles.compiled import compiled_plan
 from oracles.edge_rounds import SEED
-from oracles.small_federation import CONTRACT, model, splits
+from oracles.small_federation import model, splits
 from wearfleet_cloud.cli.simulate import device_engine
 from wearfleet_cloud.data import dataset_named
 from wearfleet_cloud.data.prepared import Prepared, prepare
@@ -80,7 +81,7 @@ def test_a_protocol_chooses_among_rounds_and_changes_none(protocol: str) -> None
 @pytest.mark.slow
 def test_the_wire_measures_on_the_validation_part_what_stacked_clients_do() -> None:
     simulation = Simulation(5, seed=SEED, protocol="fhbench")
-    runners = (stacked, lambda s: WireClients(s, model("cnn"), CONTRACT, SEED, device_engine))
+    runners = (stacked, lambda s: WireClients(*compiled_plan(s, model("cnn"), seed=SEED), device_engine))
     fast, real = (simulate(STRATEGY, model("cnn"), Population(CLIENTS), simulation, r) for r in runners)
     one, other = fast.modes["personal@clients"], real.modes["personal@clients"]
     # a window of the smaller held-out part may fall on the other side of a boundary

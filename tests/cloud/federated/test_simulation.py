@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from oracles.compiled import compiled_plan
 from oracles.edge_rounds import SEED, Federation
-from oracles.small_federation import CLASSES, CONTRACT, arrays, model, splits, windows
+from oracles.small_federation import CLASSES, arrays, model, splits, windows
 from typer.testing import CliRunner
 from wearfleet_cloud.cli.simulate import device_engine, register
 from wearfleet_cloud.federated import create_strategy
@@ -60,7 +61,7 @@ def stacked(strategy: Strategy) -> StackedClients:
 
 
 def wired(strategy: Strategy) -> WireClients:
-    return WireClients(strategy, network(strategy), CONTRACT, SEED, device_engine)
+    return WireClients(*compiled_plan(strategy, network(strategy), seed=SEED), device_engine)
 
 
 def outcome(name: str, runner, **changes: int) -> Outcome:

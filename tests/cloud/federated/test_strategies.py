@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from oracles.compiled import compiled_plan
 from oracles.plan_runner import run_plan
-from oracles.small_federation import CONTRACT, arrays, model, splits
+from oracles.small_federation import arrays, model, splits
 from wearfleet_cloud.federated import STRATEGIES, create_strategy
 from wearfleet_cloud.federated.aggregate import Contribution
 from wearfleet_cloud.federated.base import AveragingStrategy
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.reference_client import ClientResult, run_client
 from wearfleet_protos.errors import ConfigError
 from wearfleet_protos.tensors import TensorRole
@@ -56,7 +56,7 @@ def test_a_round_of_the_plan_is_a_round_of_the_reference(name: str, backbone: st
         options["weight_source"] = "warmup"  # its own needs a reference network
     strategy = create_strategy(name, options)
     network = strategy.network(model(backbone), seed=0)
-    plan, graphs = build_plan(strategy, network, CONTRACT, plan_id="p", seed=SEED)
+    plan, graphs = compiled_plan(strategy, network, seed=SEED)
     generator = np.random.default_rng(5)
     downloaded = {s.name: generator.normal(0, 0.01, s.shape).astype(s.dtype) for s in plan.download_specs()}
     downloaded |= arrays(network)
@@ -85,10 +85,8 @@ def test_a_round_of_the_plan_is_a_round_of_the_reference(name: str, backbone: st
 
 def test_fedprox_without_pull_is_fedavg_exactly() -> None:
     network = model("cnn")
-    avg_plan, avg_graphs = build_plan(create_strategy("fedavg", {}), network, CONTRACT, plan_id="p")
-    prox_plan, prox_graphs = build_plan(
-        create_strategy("fedprox", {"mu": 0.0}), network, CONTRACT, plan_id="p"
-    )
+    avg_plan, avg_graphs = compiled_plan(create_strategy("fedavg", {}), network)
+    prox_plan, prox_graphs = compiled_plan(create_strategy("fedprox", {"mu": 0.0}), network)
     start = arrays(network)
     _, avg, _ = run_plan(avg_plan, avg_graphs, start, {}, splits(1), round_number=ROUND)
     _, prox, _ = run_plan(prox_plan, prox_graphs, start, {}, splits(1), round_number=ROUND)
@@ -164,7 +162,7 @@ def test_fedbn_leaves_the_global_normalisation_alone() -> None:
 
 def test_fedbn_refuses_a_model_without_batch_norm() -> None:
     with pytest.raises(ConfigError, match="needs a model with batch normalisation"):
-        build_plan(create_strategy("fedbn", {}), model("transformer"), CONTRACT, plan_id="p")
+        compiled_plan(create_strategy("fedbn", {}), model("transformer"))
 
 
 def test_frozen_standardisation_is_neither_trained_nor_uploaded() -> None:

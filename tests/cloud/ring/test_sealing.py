@@ -6,10 +6,10 @@ from functools import cache
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from oracles.small_federation import CONTRACT, arrays, model
+from oracles.compiled import compiled_plan
+from oracles.small_federation import arrays, model
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.aggregate import Arrays, Contribution
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.federated.sealed_ring import HOP, HOPS, KEY, KEYS, MADE, SEEN, Hop, RingKey
 from wearfleet_cloud.ring.sealing import Route, Sealer, is_sealed
 from wearfleet_edge.trainer import start_state, upload_tensors
@@ -25,7 +25,7 @@ RUN, DIGEST = "metafed-1", digest_of(b"plan")
 
 @cache
 def plan() -> Plan:
-    return build_plan(STRATEGY, model("cnn"), CONTRACT, plan_id="ring", seed=5)[0]
+    return compiled_plan(STRATEGY, model("cnn"), plan_id="ring", seed=5)[0]
 
 
 class Ring:
@@ -193,7 +193,7 @@ def test_a_client_that_cannot_seal_is_left_out_of_the_ring() -> None:
 
 def test_more_sites_than_seats_are_refused_with_what_to_do() -> None:
     few = create_strategy("metafed", {"sealed": "on", "seats": 2})
-    plan, _ = build_plan(few, model("cnn"), CONTRACT, plan_id="few", seed=5)
+    plan, _ = compiled_plan(few, model("cnn"), plan_id="few", seed=5)
     ring = Ring()
     updates = {name: ring.made(name, 1)[1] for name in NAMES}
     size = next(s.shape[0] for s in plan.tensors if s.name == MADE)

@@ -8,11 +8,11 @@ from functools import cache
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from oracles.small_federation import CONTRACT, arrays, model
+from oracles.compiled import compiled_plan
+from oracles.small_federation import arrays, model
 from service_harness import service_settings
 from wearfleet_cloud.federated import create_strategy
 from wearfleet_cloud.federated.cohort import CohortPolicy
-from wearfleet_cloud.federated.plan_builder import build_plan
 from wearfleet_cloud.ring.sealing import Route, Sealer
 from wearfleet_cloud.ring.site import Site, SiteTurn
 from wearfleet_cloud.ring.turns import check_teacher, closing, opening, plan_of_turn
@@ -33,12 +33,12 @@ VARIANCE = next(n for n in arrays(NETWORK) if n.endswith("running_var"))
 
 @cache
 def ring_plan() -> Plan:
-    return build_plan(create_strategy("metafed", {}), NETWORK, CONTRACT, plan_id="ring", seed=5)[0]
+    return compiled_plan(create_strategy("metafed", {}), NETWORK, plan_id="ring", seed=5)[0]
 
 
 @cache
 def site_built() -> tuple[Plan, Mapping[str, bytes]]:
-    return build_plan(create_strategy("metafed-site", {}), NETWORK, CONTRACT, plan_id="site", seed=3)
+    return compiled_plan(create_strategy("metafed-site", {}), NETWORK, plan_id="site", seed=3)
 
 
 def site_plan() -> Plan:
