@@ -137,7 +137,7 @@ def assert_report_opens(report: Path, summary: dict[str, Any]) -> None:
 
 def test_ctrl_c_ends_everything_that_was_started(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    demo = start_demo(out, "--steps", "100", "--stream-seconds", "60")
+    demo = start_demo(out, "--steps", "20", "--stream-seconds", "60")
     try:
         replaying = (
             out / "logs" / "federation-status.log"
