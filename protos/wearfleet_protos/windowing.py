@@ -333,17 +333,17 @@ def resample(samples: NDArray[np.float32], from_hz: float, to_hz: float) -> NDAr
     count = -(-len(samples) * up // down)
     cutoff = min(1.0, up / down)  # relative to the input's Nyquist frequency
     half = int(np.ceil(_ZERO_CROSSINGS / cutoff))
-    position = np.arange(count, dtype=np.int64) * down
-    base, phase = position // up, (position % up) / up
     offsets = np.arange(-half, half + 1)
+    distance = np.arange(up)[:, None] / up - offsets[None, :]
+    taps = cutoff * np.sinc(cutoff * distance) * _kaiser(distance / (half + 1))  # of each phase
+    taps /= taps.sum(axis=1, keepdims=True)
+    position = np.arange(count, dtype=np.int64) * down
+    base, phase = position // up, position % up
     out = np.empty((count, samples.shape[1]), np.float64)
     for begin in range(0, count, 4096):  # bounded memory
         part = slice(begin, min(begin + 4096, count))
-        distance = phase[part, None] - offsets[None, :]
-        taps = cutoff * np.sinc(cutoff * distance) * _kaiser(distance / (half + 1))
-        taps /= taps.sum(axis=1, keepdims=True)
         index = np.clip(base[part, None] + offsets[None, :], 0, len(samples) - 1)
-        out[part] = np.einsum("nk,nkc->nc", taps, samples[index].astype(np.float64))
+        out[part] = np.einsum("nk,nkc->nc", taps[phase[part]], samples[index].astype(np.float64))
     return out.astype(np.float32)
 
 

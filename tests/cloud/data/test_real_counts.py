@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import cache as remembered
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
-from wearfleet_cloud.data import DATASETS
-from wearfleet_cloud.data.dataset import UNKNOWN_SUBJECT, silent
+from wearfleet_cloud.data import DATASETS, dsads, emg, hapt, uci_har, usc_had, wisdm
+from wearfleet_cloud.data.dataset import UNKNOWN_SUBJECT, Progress, silent
 from wearfleet_cloud.data.file_reader import FileReader
+from wearfleet_cloud.data.layout import Source
 from wearfleet_cloud.data.prepared import Prepared, counts_of, prepare
 from wearfleet_cloud.data.scenarios import (
     cross_person,
@@ -94,6 +97,35 @@ README: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+_CONTENT = {
+    dsads: "_segments",
+    emg: "_series",
+    hapt: "_load",
+    uci_har: "_load",
+    usc_had: "_trials",
+    wisdm: "_streams",
+}
+"""Module of a reader -> its function that reads and parses every file of a distribution."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> Iterator[None]:
+    """Counting, preparing, viewing, stringing and joining a data set all start from its files, parsed but once."""
+
+    def once(parse: Callable[[Source, Progress], Any]) -> Callable[[Source, Progress], Any]:
+        @remembered
+        def content(source: Source) -> Any:
+            found = parse(source, silent)
+            return tuple(found) if isinstance(found, Iterator) else found
+
+        return lambda source, _: content(source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in _CONTENT.items():
+            patch.setattr(module, name, once(getattr(module, name)))
+        yield
 
 
 @pytest.fixture(scope="module")
