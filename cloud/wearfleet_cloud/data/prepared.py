@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -227,7 +227,9 @@ def _build(dataset: Dataset, recordings: Iterator[Recording], folder: Path) -> N
         raise DataError(
             f"data set {dataset.name}: no labelled window in {len(entries)} recordings; check its reader"
         )
-    index = {"total": total, "windows": windows, "entries": [asdict(entry) for entry in entries]}
+    columns = [field.name for field in fields(RecordingEntry)]
+    rows = [{name: getattr(entry, name) for name in columns} for entry in entries]  # asdict copies deeply
+    index = {"total": total, "windows": windows, "entries": rows}
     (folder / "index.json").write_text(json.dumps(index))
 
 
