@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +18,37 @@ if not CUDA:
 def device() -> torch.device:
     """Where the kernels run."""
     return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_patch_a_launch() -> Iterator[None]:
+    """Triton's interpreter patches its language again at every call of a device function; once a launch is the same.
+
+    What a launch patched stays patched until it ends, so only a language that it has not met yet needs the work.
+    """
+    if CUDA:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch, met = interpreter._patch_lang, set()
+
+    class Launch(interpreter._LangPatchScope):
+        def restore(self):
+            met.clear()
+            super().restore()
+
+    def patch_once(function):
+        seen = frozenset(id(value) for value in function.__globals__.values() if inspect.ismodule(value))
+        scope = Launch()
+        if seen not in met:
+            scope._changes = patch(function)._changes
+            met.add(seen)
+        return scope
+
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 @pytest.fixture(autouse=True)
