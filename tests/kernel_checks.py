@@ -30,6 +30,20 @@ def value_and_gradients(
     return value.detach(), list(gradients)
 
 
+def result_and_gradients(
+    function: Callable[..., Tensor], upstream: Tensor, differentiable: Sequence[Tensor], *others: object
+) -> tuple[Tensor, list[Tensor]]:
+    """A result of one run, and the gradients of its sum in which every number is multiplied by its ``upstream``."""
+    results: list[Tensor] = []
+
+    def weighed(*values: object) -> Tensor:
+        results.append(function(*values))
+        return results[0] * upstream.to(results[0].device)
+
+    _, gradients = value_and_gradients(weighed, differentiable, *others)
+    return results[0].detach(), gradients
+
+
 def truth(
     function: Callable[..., Tensor], differentiable: Sequence[Tensor], *others: object
 ) -> tuple[Tensor, list[Tensor]]:

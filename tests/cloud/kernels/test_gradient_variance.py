@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from kernel_checks import EPS32, assert_within, planted, truth, value_and_gradients
+from kernel_checks import EPS32, assert_within, planted, result_and_gradients, truth, value_and_gradients
 from torch.func import grad, vmap
 from wearfleet_cloud.kernels.gradient_variance import (
     fishr_penalty,
@@ -16,7 +16,7 @@ from wearfleet_cloud.kernels.gradient_variance import (
 from wearfleet_protos.errors import ConfigError, ShapeError
 
 FUNCTIONS = pytest.mark.parametrize("function", [kernel.gradient_variance_triton, gradient_variance_closed])
-SHAPES = [(1, 1, 1, 1), (1, 2, 63, 2), (3, 63, 17, 6), (2, 129, 64, 19), (4, 33, 129, 3)]
+SHAPES = [(1, 1, 1, 1), (1, 2, 63, 2), (3, 63, 17, 6), (2, 33, 64, 19), (2, 33, 129, 3)]
 
 
 def make(domains, windows, width, classes, *, dtype=torch.float32, weighted=True, scale=1.0, seed=0):
@@ -52,10 +52,7 @@ def check(function, problem, device):
     _, gradients = truth(weighing(gradient_variance_reference, upstream), leaves, *others)
     placed = [t.to(device) for t in leaves]
     moved = [None if t is None else t.to(device) for t in others]
-    found = function(*placed, *moved)
-    _, found_gradients = value_and_gradients(
-        lambda *values: (function(*values) * upstream.to(device)).sum(), placed, *moved
-    )
+    found, found_gradients = result_and_gradients(function, upstream, placed, *moved)
     residual = EPS32 * (classes + 8 + 4 * logits.double().abs().max().item())
     z = max(1.0, features.double().abs().max().item())
     assert_within(found.float(), value, z**2 * (EPS32 * (2 * windows + 6) + 4 * residual), "variance")
@@ -78,7 +75,7 @@ def test_the_fast_ways_are_the_reference(shape, function, device):
 
 @pytest.mark.slow
 def test_the_kernel_is_the_reference_for_many_windows(device):
-    check(kernel.gradient_variance_triton, make(2, 1023, 40, 6), device)
+    check(kernel.gradient_variance_triton, make(2, 97, 40, 6), device)  # beyond 64 a tile has 32 windows
 
 
 @FUNCTIONS

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import EPS32, assert_within, planted, truth, value_and_gradients
+from kernel_checks import EPS32, assert_within, planted, result_and_gradients, truth
 from torch.func import grad, vmap
 from wearfleet_cloud.kernels.sinkhorn import (
     group_lasso_plan,
@@ -16,8 +16,8 @@ from wearfleet_cloud.kernels.sinkhorn import (
 from wearfleet_cloud.kernels.sinkhorn.reference import costs, plan_of, potentials
 from wearfleet_protos.errors import ConfigError, ShapeError
 
-FULL, PARTIAL = (0.2, 1.0, 10, "squared"), (0.2, 0.6, 10, "euclidean")
-FEW = [(0.2, 1.0, 3, "squared"), (0.2, 0.6, 3, "euclidean")]  # iterations: a streamed one is many launches
+FULL, PARTIAL = (0.2, 1.0, 4, "squared"), (0.2, 0.6, 4, "euclidean")
+FEW = [(0.2, 1.0, 2, "squared"), (0.2, 0.6, 2, "euclidean")]  # iterations: a streamed one is many launches
 
 
 def make(problems, n, m, width, *, dtype=torch.float32, prior=False, scale=1.0, seed=0):
@@ -62,8 +62,7 @@ def check(function, problem, settings, device, offset=0.0):
     moved = [t.to(device) if isinstance(t, torch.Tensor) else t for t in others]
     call = first(function)
     placed = [(points + offset).to(device) for points in (x, y)]
-    found = call(*placed, *moved)
-    _, found_slopes = value_and_gradients(lambda *v: (call(*v) * upstream.to(device)).sum(), placed, *moved)
+    found, found_slopes = result_and_gradients(call, upstream, placed, *moved)
     cost = costs(x.double(), y.double(), metric, None if prior is None else prior.double())
     mean = cost.mean((1, 2))
     z = max(x.double().norm(dim=2).max().item(), y.double().norm(dim=2).max().item())
@@ -95,7 +94,7 @@ def check(function, problem, settings, device, offset=0.0):
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [FULL, PARTIAL])
 @pytest.mark.parametrize("prior", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 3, 63), (3, 17, 33, 5), (1, 63, 20, 33)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 3, 63), (2, 17, 33, 5), (1, 63, 20, 33)])
 def test_the_whole_kernel_is_the_reference(settings, prior, shape, device):
     check(kernel.transport_triton, make(*shape, prior=prior), settings, device)
 
@@ -109,7 +108,7 @@ def test_the_streamed_kernel_is_the_reference(settings, prior, device, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 129, 1, 2), (1, 2, 1023, 3), (1, 1023, 2, 3)])
+@pytest.mark.parametrize("shape", [(1, 65, 1, 2), (1, 2, 513, 3), (1, 513, 2, 3)])
 def test_points_beyond_one_program(shape, device):
     for settings in FEW:
         check(kernel.transport_triton, make(*shape), settings, device)
@@ -264,7 +263,7 @@ def test_the_gradient_with_the_plan_held_fixed():
         prior=arguments[2],
         epsilon=0.2,
         mass=0.6,
-        iterations=10,
+        iterations=PARTIAL[2],
         metric="euclidean",
     )
     scale = costs(x.detach(), y.detach(), "euclidean", prior.double()).mean()
