@@ -58,7 +58,7 @@ def test_a_class_that_sources_hardly_know_stops_no_algorithm(
     whole = cross_person(small_people, 0)
     rest = tuple(_without(domain) for domain in whole.sources[1:])
     scenario = replace(whole, sources=(change(whole.sources[0]), *rest))
-    # a published teacher makes 1000 steps; twenty, of 32 windows a domain, see each of these windows many times
+    # DIFEX's teacher makes 1000 steps unless it is told otherwise, which would be most of this test's time
     hyper = {name: 20.0 for name in ALGORITHMS[algorithm].info.hyper if name == "teacher_steps"}
     result = _train(scenario, tmp_path, algorithm, replace(_CONFIG, hyper=hyper))
     assert all(np.isfinite(row["loss"]) for row in _rows(tmp_path))
