@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ WAITS = ["wearfleet-edge", "--version"]
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
-    """Every process that was started; each sleeps, and Ctrl-C comes while it is being started."""
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[str]]]:
+    """Every process that was started; each sleeps, and Ctrl-C comes while it is being started.
+
+    Tests that a shell runs in the background are deaf to Ctrl-C, unless they say otherwise.
+    """
     processes: list[subprocess.Popen[str]] = []
 
     class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
@@ -28,7 +32,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
 
     monkeypatch.setattr("wearfleet_cloud.demo_processes.subprocess.Popen", Interrupted)
     monkeypatch.setattr("wearfleet_cloud.demo_processes._STOP_S", 60.0)
-    return processes
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield processes
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_while_a_process_is_started_leaves_none_behind(
