@@ -137,12 +137,13 @@ def assert_report_opens(report: Path, summary: dict[str, Any]) -> None:
 
 def test_ctrl_c_ends_everything_that_was_started(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    demo = start_demo(out, "--steps", "20", "--stream-seconds", "60")
+    demo = start_demo(out, "--steps", "100", "--stream-seconds", "60")
     try:
         replaying = (
             out / "logs" / "federation-status.log"
         )  # by now the service, Mosquitto and four agents run
-        wait_for("the federated run begins", replaying.exists, 240, 0.1)
+        wait_for("the federated run begins", lambda: replaying.exists() or demo.poll() is not None, 240, 0.1)
+        assert demo.poll() is None, (tmp_path / "demo.log").read_text()
         assert len(alive(out)) >= 7
         demo.send_signal(signal.SIGINT)
         assert demo.wait(120) == 130, (tmp_path / "demo.log").read_text()
