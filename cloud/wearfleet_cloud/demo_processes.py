@@ -104,13 +104,13 @@ class Processes:
                 raise CommandError(f"{name} ended with code {code}: {self._tail(name)}")
 
     def stop(self, names: Sequence[str]) -> None:
-        """Ask processes to end and wait for them; one that does not is killed."""
-        chosen = [self._running.pop(name) for name in names if name in self._running]
-        for process in chosen:
+        """Ask processes to end and wait for them; one that does not is killed, one that has ended is forgotten."""
+        chosen = {name: self._running[name] for name in names if name in self._running}
+        for process in chosen.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         limit = time.monotonic() + _STOP_S
-        for process in chosen:
+        for name, process in chosen.items():
             try:
                 process.wait(max(0.1, limit - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -118,6 +118,7 @@ class Processes:
                 process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+            del self._running[name]
 
     def stop_all(self) -> None:
         """End everything, the youngest first, and close the logs; a second Ctrl-C does not leave any of it behind."""

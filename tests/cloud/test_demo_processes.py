@@ -67,6 +67,26 @@ def test_a_second_ctrl_c_waits_until_everything_has_ended(
     assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
 
 
+def test_ctrl_c_while_processes_are_stopped_leaves_them_to_the_end(
+    tmp_path: Path, started: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = Processes(tmp_path)
+    for name in ("one", "two"):
+        with pytest.raises(KeyboardInterrupt):
+            processes.start(name, WAITS)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "send_signal", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            processes.stop(["one", "two"])
+    assert [process.poll() for process in started] == [None, None]
+    processes.stop_all()
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
+
+
 def test_another_thread_starts_processes_too(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     processes = Processes(tmp_path)
     thread = threading.Thread(target=processes.start, args=("one", WAITS))
