@@ -35,9 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Let torch's trace of every compilation be: pytest would listen to it, at a fifth of a compilation's time."""
     if "torch" in sys.modules:
-        logging.getLogger(
-            "torch.__trace"
-        ).propagate = True  # pytest adds a handler to loggers that do not propagate
+        # pytest adds a handler of its own to loggers that do not propagate
+        logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture

@@ -24,24 +24,17 @@ def value_and_gradients(
     function: Callable[..., Tensor], differentiable: Sequence[Tensor], *others: object
 ) -> tuple[Tensor, list[Tensor]]:
     """A scalar (or summed) result and its gradient by each of the first tensors, which stay untouched."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in differentiable]
-    value = function(*leaves, *others)
-    gradients = torch.autograd.grad(value.sum(), leaves)
-    return value.detach(), list(gradients)
+    return result_and_gradients(function, torch.ones(()), differentiable, *others)
 
 
 def result_and_gradients(
     function: Callable[..., Tensor], upstream: Tensor, differentiable: Sequence[Tensor], *others: object
 ) -> tuple[Tensor, list[Tensor]]:
     """A result of one run, and the gradients of its sum in which every number is multiplied by its ``upstream``."""
-    results: list[Tensor] = []
-
-    def weighed(*values: object) -> Tensor:
-        results.append(function(*values))
-        return results[0] * upstream.to(results[0].device)
-
-    _, gradients = value_and_gradients(weighed, differentiable, *others)
-    return results[0].detach(), gradients
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in differentiable]
+    result = function(*leaves, *others)
+    gradients = torch.autograd.grad((result * upstream.to(result.device)).sum(), leaves)
+    return result.detach(), list(gradients)
 
 
 def truth(

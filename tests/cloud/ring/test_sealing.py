@@ -1,7 +1,6 @@
 """Sealed hops: only the sites read them; what was changed, comes again or is of somebody else is refused."""
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ NAMES = ("east", "north", "south")
 RUN, DIGEST = "metafed-1", digest_of(b"plan")
 
 
-@cache
 def plan() -> Plan:
     return compiled_plan(STRATEGY, model("cnn"), plan_id="ring", seed=5)[0]
 

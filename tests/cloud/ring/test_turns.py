@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -31,12 +30,10 @@ NETWORK = model("cnn")
 VARIANCE = next(n for n in arrays(NETWORK) if n.endswith("running_var"))
 
 
-@cache
 def ring_plan() -> Plan:
     return compiled_plan(create_strategy("metafed", {}), NETWORK, plan_id="ring", seed=5)[0]
 
 
-@cache
 def site_built() -> tuple[Plan, Mapping[str, bytes]]:
     return compiled_plan(create_strategy("metafed-site", {}), NETWORK, plan_id="site", seed=3)
 

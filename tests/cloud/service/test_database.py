@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from contextlib import closing
 
 import pytest
 import sqlalchemy as sa
@@ -129,6 +130,8 @@ def test_a_database_of_a_newer_program_is_refused_and_left_alone(tmp_path):
     database.close()
     with pytest.raises(ConfigError, match=r"has version 9999, this program knows \d{4}; use a newer program"):
         Database(url)
+    with closing(sqlite3.connect(tmp_path / "x.db")) as raw:
+        assert raw.execute("SELECT version_num FROM alembic_version").fetchall() == [("9999",)]
 
 
 def test_a_transaction_that_raises_leaves_nothing(database):
